@@ -1,0 +1,34 @@
+# Two commands do all the set-up they need: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# ninja must be on the PATH: DeepSpeed builds its CPU communication op at first use.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Built once per checkout, next to the environment that built it.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+
+.PHONY: quickstart test lint install clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || { echo "error: no C++ compiler: $${CXX:-g++} not found; DeepSpeed builds one small op with it (Debian: apt-get install g++)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	bash launch/quickstart.sh
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf runs .cache
