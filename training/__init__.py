@@ -1,1 +1,1 @@
-"""Everything that knows ranks or DeepSpeed."""
+"""Everything that knows ranks or DeepSpeed. Imports neither `model` nor `data`."""

@@ -1,0 +1,142 @@
+"""The training objective on one micro-batch: captions dropped, t and noise drawn, losses taken.
+
+Everything random is a pure function of (seed, epoch, sample id) through `flow.keyed_*`: the same
+sample meets the same t and noise on 1 device or 64, in t2av and in t2v, resumed or not. Called by
+train.py for training and for the held-out loss. Eq. 2, 3 and 10 of arXiv 2512.02457.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from model.flow import (
+    FlowConfig,
+    add_noise,
+    flow_loss,
+    keyed_normal,
+    keyed_uniform,
+    sample_t,
+    velocity_target,
+)
+
+# Held-out loss is taken at these t, never at random ones, so that two runs compare exactly.
+VALIDATION_T = tuple((index + 0.5) / 8 for index in range(8))
+VALIDATION_EPOCH = -1  # its noise is drawn from a stream of its own, the same at every step
+
+
+class LatentBatch(Protocol):
+    """What the objective reads of a batch; `data.schema.Batch` is one."""
+
+    @property
+    def video_latents(self) -> Tensor: ...  # (B, C, T, H, W) normalised
+    @property
+    def audio_mean(self) -> Tensor: ...  # (B, L, C)
+    @property
+    def audio_std(self) -> Tensor: ...  # (B, L, C)
+    @property
+    def video_text(self) -> Tensor: ...  # (B, Nt, D) zero-padded
+    @property
+    def audio_text(self) -> Tensor: ...  # (B, 64, D)
+    @property
+    def audio_text_mask(self) -> Tensor: ...  # (B, 64) bool
+    @property
+    def duration(self) -> Tensor: ...  # (B,) seconds
+    @property
+    def sample_ids(self) -> Sequence[str]: ...
+    def _replace(self, **changes: Any) -> Any: ...
+
+
+B = TypeVar("B", bound=LatentBatch)
+
+
+class Noised(NamedTuple):
+    """One micro-batch as the model meets it."""
+
+    inputs: dict[str, Tensor]  # keyword arguments of AVFullDiT.forward
+    video_target: Tensor  # (B, C, T, H, W)
+    audio_target: Tensor | None  # (B, L, C); None in t2v
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective of one run.
+
+    Args:
+        task: "t2av", or "t2v", which never touches the audio.
+        seed: the run's seed.
+        flow: density of t, shift, caption dropout and loss weights.
+    """
+
+    task: str
+    seed: int
+    flow: FlowConfig
+
+    def draw_t(self, sample_ids: Sequence[str], epoch: int) -> Tensor:
+        """(B,) float32 in [0, 1]; 1 is noise."""
+        return sample_t(self.flow, keyed_uniform("t", self.seed, epoch, sample_ids)).float()
+
+    def drop_captions(self, batch: B, epoch: int, empty: Mapping[str, Tensor]) -> B:
+        """Both captions of some samples replaced by the encoded "", so guidance stays valid.
+
+        Args:
+            empty: `video_empty (n, D)`, `audio_empty (64, D)`, `audio_empty_mask (64,)`.
+        """
+        draws = keyed_uniform("caption_drop", self.seed, epoch, batch.sample_ids)
+        dropped = (draws < self.flow.caption_dropout).nonzero().flatten().tolist()
+        if not dropped:
+            return batch
+        video_text, audio_text = batch.video_text.clone(), batch.audio_text.clone()
+        audio_mask = batch.audio_text_mask.clone()
+        for index in dropped:
+            video_text[index] = 0.0
+            video_text[index, : len(empty["video_empty"])] = empty["video_empty"]
+            audio_text[index] = empty["audio_empty"]
+            audio_mask[index] = empty["audio_empty_mask"]
+        return batch._replace(
+            video_text=video_text, audio_text=audio_text, audio_text_mask=audio_mask
+        )
+
+    def noise(self, batch: LatentBatch, t: Tensor, epoch: int, device: torch.device) -> Noised:
+        """Eq. 2-3: x_t = (1 - t) x0 + t eps, one t for both modalities, independent eps.
+
+        Args:
+            t: (B,) in [0, 1].
+        """
+        key = (self.seed, epoch, batch.sample_ids)
+        t = t.to(device=device, dtype=torch.float32)
+        video = batch.video_latents.to(device)  # (B, C, T, H, W)
+        video_noise = keyed_normal("video_noise", *key, video.shape[1:], device)
+        inputs = {
+            "noisy_video": add_noise(video, video_noise, t),
+            "t": t,
+            "video_text": batch.video_text.to(device),
+        }
+        if self.task == "t2v":
+            return Noised(inputs, velocity_target(video, video_noise), None)
+        mean, std = batch.audio_mean.to(device), batch.audio_std.to(device)
+        audio = mean + std * keyed_normal("audio_vae", *key, mean.shape[1:], device)  # (B, L, C)
+        audio_noise = keyed_normal("audio_noise", *key, mean.shape[1:], device)
+        inputs |= {
+            "noisy_audio": add_noise(audio, audio_noise, t),
+            "audio_text": batch.audio_text.to(device),
+            "audio_text_mask": batch.audio_text_mask.to(device),
+            "duration": batch.duration.to(device),
+        }
+        return Noised(
+            inputs, velocity_target(video, video_noise), velocity_target(audio, audio_noise)
+        )
+
+    def losses(self, model: Callable[..., Any], noised: Noised) -> tuple[Tensor, Tensor]:
+        """Eq. 3, (B,) per modality, mean over elements; audio is zero in a t2v run."""
+        video_velocity, audio_velocity = model(**noised.inputs)
+        video = flow_loss(video_velocity, noised.video_target)
+        if noised.audio_target is None:
+            return video, torch.zeros_like(video)
+        return video, flow_loss(audio_velocity, noised.audio_target)
+
+    def total(self, video: Any, audio: Any) -> Any:
+        """Eq. 10: the weighted sum, of tensors or of numbers."""
+        return self.flow.video_loss_weight * video + self.flow.audio_loss_weight * audio

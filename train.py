@@ -1,0 +1,306 @@
+"""Train AVFullDiT, or its T2V-only twin, from a YAML file.
+
+    python train.py configs/playground.yaml                      # one device
+    bash launch/local.sh 8 configs/alt_merge_t2av.yaml           # one node
+    sbatch launch/train.sbatch configs/alt_merge_t2av.yaml       # a cluster
+    ... optimizer.lr=2e-5 run_dir=runs/other                     # any key of the YAML
+
+The same command resumes. t, noise, caption drop and the audio latent's draw are functions of
+(seed, epoch, sample id), the learning rate is a function of the step: nothing of either depends on
+rank or world size, and a t2v run meets the video noise of its t2av twin.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data.dataset import DataConfig, HeldOut, build_loader
+from data.schema import Batch, Metadata, load_metadata, load_text_states
+from model import AVFullDiT, AVFullDiTConfig
+from model.flow import FlowConfig
+from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
+from model.pretrained import (
+    PretrainedError,
+    load_pretrained,
+    new_parameter_names,
+    read_tower_configs,
+)
+from training import engine as ds
+from training.checkpoint import CheckpointError, lock_run, resume, save_checkpoint, write_json
+from training.config import ConfigError, load_config
+from training.distributed import World, WorldError, shutdown, start, sum_over_ranks
+from training.metrics import Clock, MetricWriter, format_seconds, peak_memory_gib
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """What the two backbones do not say themselves."""
+
+    num_joint_blocks: int = 18  # Nav: exactly TangoFlux's single-stream blocks
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment; every key of the YAML. The engine's knobs are in the `deepspeed` JSON."""
+
+    run_dir: str
+    wan: str  # diffusers-layout folder or hub id
+    tangoflux: str  # TangoFlux's own files, folder or hub id
+    data: DataConfig
+    task: Literal["t2av", "t2v"] = "t2av"
+    seed: int = 0
+    model: ModelSection = field(default_factory=ModelSection)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: ds.OptimizerConfig = field(default_factory=ds.OptimizerConfig)
+    warmup_steps: int = 100  # linear, then constant
+    gradient_clipping: float = 1.0
+    global_batch_size: int = 8
+    max_steps: int = 7500
+    deepspeed: str = "ds_configs/zero2.json"
+    recompute: Literal["none", "full"] = "none"
+    attention: str = "auto"
+    log_every: int = 1
+    validate_every: int = 500
+    validation_samples: int | None = None  # None: the whole held-out split
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    timeout_minutes: float = 30.0  # of a collective
+
+
+def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig:
+    """Tower shapes from the backbones' own files, rates from the shards, the rest from the YAML."""
+    video, audio = read_tower_configs(config.wan, config.tangoflux)
+    channels = len(metadata.latents_mean)
+    if channels != video.in_channels:
+        raise ConfigError(
+            f"data.root={config.data.root} holds latents of {channels} channels but "
+            f"wan={config.wan} takes {video.in_channels}: encode with the VAE of the same folder"
+        )
+    return AVFullDiTConfig(
+        task=config.task,
+        video=video,
+        audio=audio if config.task == "t2av" else None,
+        num_joint_blocks=config.model.num_joint_blocks,
+        fps=metadata.fps,
+        video_temporal_stride=metadata.video_temporal_stride,
+        sample_rate=metadata.sample_rate,
+        audio_hop=metadata.audio_hop,
+    )
+
+
+def build_model(
+    config: RunConfig, model_config: AVFullDiTConfig, ds_config: dict[str, Any], fresh: bool
+) -> AVFullDiT:
+    """The stitched model; both backbones' weights are read unless a checkpoint will be."""
+    torch.manual_seed(config.seed)  # the new weights are drawn alike on every rank
+    model = ds.build_sharded(
+        lambda: AVFullDiT(model_config, recompute=config.recompute, attention=config.attention),
+        ds_config,
+    )
+    assert isinstance(model, AVFullDiT)
+    if fresh:
+        load_pretrained(model, config.wan, config.tangoflux, write=ds.write_parameter)
+    return model
+
+
+def train_step(
+    engine: Any, batch: Batch, epoch: int, objective: Objective, empty: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """One optimiser update from this rank's share of the global batch.
+
+    Returns: (2,) float64, this rank's mean video and audio loss, left on the device.
+    """
+    batch = objective.drop_captions(batch, epoch, empty)
+    t = objective.draw_t(batch.sample_ids, epoch)
+    micro = engine.train_micro_batch_size_per_gpu()
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for begin in range(0, len(batch.sample_ids), micro):
+        part = slice(begin, begin + micro)
+        noised = objective.noise(batch.part(part), t[part], epoch, engine.device)
+        video, audio = objective.losses(engine, noised)
+        # Equal micro-batches: the mean of their means is the mean over the global batch.
+        engine.backward(objective.total(video.mean(), audio.mean()))
+        engine.step()
+        totals += torch.stack([video.detach().sum(), audio.detach().sum()]).double()
+    return totals / len(batch.sample_ids)
+
+
+@torch.no_grad()
+def validate(
+    engine: Any, held_out: HeldOut, objective: Objective, samples: int | None, world: World
+) -> dict[str, float]:
+    """Held-out loss per modality on a fixed (sample, t, noise) grid: the same in t2av and t2v.
+
+    Samples are dealt to the ranks in turn and padded, so that every rank runs as many forwards.
+    """
+    engine.eval()
+    count = min(samples or len(held_out), len(held_out))
+    micro = engine.train_micro_batch_size_per_gpu()
+    mine = [world.rank + world.world_size * index for index in range(-(-count // world.world_size))]
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for begin in range(0, len(mine), micro):
+        indices = mine[begin : begin + micro]
+        batch = held_out.batch([index % count for index in indices])
+        real = torch.tensor([index < count for index in indices], device=engine.device)
+        for value in VALIDATION_T:
+            t = torch.full((len(indices),), value)
+            noised = objective.noise(batch, t, VALIDATION_EPOCH, engine.device)
+            video, audio = objective.losses(engine, noised)
+            sums += torch.stack([(video * real).sum(), (audio * real).sum()]).double()
+    engine.train()
+    means = (sum_over_ranks(sums) / (count * len(VALIDATION_T))).tolist()
+    tags = ["loss_video", "loss_audio"] if objective.task == "t2av" else ["loss_video"]
+    return {f"validation/{tag}": mean for tag, mean in zip(tags, means, strict=False)}
+
+
+def warmup(step: int, config: RunConfig) -> float:
+    """Learning-rate factor of the update that leads to step + 1."""
+    return min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+
+def log_step(
+    step: int, losses: list[float], seconds: float, clock: Clock, engine: Any, config: RunConfig,
+    writer: MetricWriter,
+) -> None:
+    """Losses, mean over the log period and all ranks -> console, TensorBoard, metrics.jsonl."""
+    if not all(math.isfinite(loss) for loss in losses):
+        raise FloatingPointError(
+            f"loss is not finite at step {step} (video, audio = {losses}): lower optimizer.lr or "
+            f"look at the batch; the last checkpoint is in {config.run_dir}/checkpoints"
+        )
+    tags = ["loss_video", "loss_audio"] if config.task == "t2av" else ["loss_video"]
+    values = {f"train/{tag}": loss for tag, loss in zip(tags, losses, strict=False)} | {
+        "train/loss": build_objective(config).total(*losses),
+        "train/grad_norm": float(engine.get_global_grad_norm()),
+        "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
+        "train/samples_seen": float(step * config.global_batch_size),
+        "time/step_seconds": seconds,
+        "memory/peak_gib": peak_memory_gib(engine.device),
+    }
+    writer.scalars(step, values)
+    writer.say(
+        f"step {step}/{config.max_steps}  loss {values['train/loss']:.4f}  "
+        + "  ".join(f"{tag[5:]} {values[f'train/{tag}']:.4f}" for tag in tags)
+        + f"  grad {values['train/grad_norm']:.3f}  lr {values['train/lr']:.2e}  "
+        f"{seconds:.2f} s/step  eta {clock.eta(config.max_steps - step)}"
+    )
+
+
+def build_objective(config: RunConfig) -> Objective:
+    return Objective(config.task, config.seed, config.flow)
+
+
+def run(config: RunConfig, world: World, device: torch.device) -> None:
+    """Build, resume, then go through the steps; maintenance comes before the step."""
+    run_dir = Path(config.run_dir)
+    lock = lock_run(run_dir, world)
+    model_config = build_model_config(config, load_metadata(config.data.root))
+    ds_config = ds.complete_ds_config(
+        ds.read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
+        world.world_size,
+    )
+    fresh = not any((run_dir / "checkpoints").glob("step*"))
+    model = build_model(config, model_config, ds_config, fresh)
+    engine, rates = ds.build_engine(model, new_parameter_names(model), config.optimizer, ds_config)
+    first = (resume(engine, run_dir, world) or {"step": 0})["step"]
+    loader = build_loader(
+        config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first
+    )
+    held_out, empty = HeldOut(config.data), load_text_states(config.data.root)
+    objective = build_objective(config)
+    writer = MetricWriter(run_dir if world.is_main else None, first + 1)
+    if world.is_main:
+        record_run(run_dir, config, model_config, ds_config, writer)
+        announce(config, world, model, first, ds_config, writer)
+
+    step, clock, began = first, Clock(), Clock()
+    sums, counted = torch.zeros(2, dtype=torch.float64, device=engine.device), 0
+    while True:
+        done = step >= config.max_steps
+        fresh_step = step > first or step == 0  # a resumed run has this step's record already
+        if fresh_step and (step % config.validate_every == 0 or done):
+            values = validate(engine, held_out, objective, config.validation_samples, world)
+            writer.scalars(step, values)
+            writer.say(f"step {step}/{config.max_steps}  held-out  " + "  ".join(
+                f"{tag.split('/')[1][5:]} {value:.4f}" for tag, value in values.items()))
+            clock.restart()
+        if step > first and (step % config.save_every == 0 or done):
+            state = {"step": step, "task": config.task}
+            path = save_checkpoint(engine, run_dir, step, state, config.keep_checkpoints, world)
+            writer.say(f"step {step}/{config.max_steps}  checkpoint {path}")
+            clock.restart()
+        if done:
+            break
+        ds.set_learning_rate(engine, rates, warmup(step, config))
+        epoch, batch = next(loader)
+        sums += train_step(engine, batch, epoch, objective, empty)
+        step, counted = step + 1, counted + 1
+        if step % config.log_every == 0 or step == config.max_steps:
+            losses = (sum_over_ranks(sums) / (counted * world.world_size)).tolist()
+            log_step(step, losses, clock.tick(counted), clock, engine, config, writer)
+            sums, counted = torch.zeros_like(sums), 0
+    writer.say(f"done: step {step} after {format_seconds(began.tick())}; run directory {run_dir}")
+    writer.close()
+    if lock:
+        lock.close()
+
+
+def record_run(
+    run_dir: Path, config: RunConfig, model_config: AVFullDiTConfig, ds_config: dict[str, Any],
+    writer: MetricWriter,
+) -> None:
+    """The resolved settings beside the results: what tools read and what a colleague asks for."""
+    resolved = dataclasses.asdict(config)
+    (run_dir / "config").mkdir(exist_ok=True)
+    write_json(run_dir / "config" / "run.json", resolved)
+    write_json(run_dir / "config" / "model.json", dataclasses.asdict(model_config))
+    write_json(run_dir / "config" / "deepspeed.json", ds_config)
+    writer.text("config/run", json.dumps(resolved, indent=1, ensure_ascii=False))
+    writer.text("config/deepspeed", json.dumps(ds_config, indent=1))
+
+
+def announce(
+    config: RunConfig, world: World, model: AVFullDiT, first: int, ds_config: dict[str, Any],
+    writer: MetricWriter,
+) -> None:
+    """What is about to run, once."""
+    total = sum(torch.Size(ds.full_shape(p)).numel() for p in model.parameters())
+    new = new_parameter_names(model)
+    added = sum(torch.Size(ds.full_shape(p)).numel()
+                for name, p in model.named_parameters() if name in new)
+    writer.say(
+        f"{config.task}: {total:,} parameters, {added:,} of them new; attention "
+        f"{model.attention_kernel}; recompute {config.recompute}\n"
+        f"{world.world_size} ranks ({world.source}), ZeRO-{ds.zero_stage(ds_config)}, global batch "
+        f"{config.global_batch_size} = micro {ds_config['train_micro_batch_size_per_gpu']} x "
+        f"accumulation {ds_config['gradient_accumulation_steps']} x ranks {world.world_size}\n"
+        + (f"resuming at step {first}" if first else "starting from the two pretrained backbones")
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 when trained to the end, 78 for a configuration that cannot run."""
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
+    if not arguments or "=" in arguments[0]:
+        print(__doc__)
+        return 78
+    try:
+        config = load_config(RunConfig, arguments[0], arguments[1:])
+        world, device = start(config.timeout_minutes)
+        run(config, world, device)
+    except (ConfigError, WorldError, CheckpointError, PretrainedError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 78
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,158 @@
+"""YAML + `key=value` -> a checked dataclass: strict keys, types, and errors a person can act on.
+
+The dataclasses themselves live beside the code that owns them; `train.py` composes them.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names key, value, rule and fix."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (plain YAML keeps the last one silently)."""
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
+    loader.flatten_mapping(node)
+    mapping: dict = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in mapping:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"{loader.name}:{line}: key '{key}' is given twice; keep one")
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_StrictLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    loader = _StrictLoader(text)
+    loader.name = where
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: str | Path) -> dict:
+    """One YAML file as a dict; `base: other.yaml` is read first and overlaid, key by key.
+
+    A t2v twin is its t2av file plus `task: t2v`: the two cannot drift apart.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config={path}: no such file; the shipped ones are in configs/")
+    values = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    base = values.pop("base", None)
+    return values if base is None else overlay(read_yaml(path.parent / base), values)
+
+
+def overlay(base: dict, top: dict) -> dict:
+    """`base` with the keys of `top` replaced, nested dicts merged."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = (
+            overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return merged
+
+
+def parse_overrides(arguments: list[str]) -> dict:
+    """`["optimizer.lr=1e-4", "task=t2v"]` -> nested dict; values are YAML."""
+    values: dict = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override '{argument}' must be key=value, e.g. optimizer.lr=1e-4")
+        nested: Any = _parse_yaml(text, argument)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        values = overlay(values, nested)
+    return values
+
+
+def load_config(cls: type[T], path: str | Path, arguments: list[str]) -> T:
+    """The checked config: file, then overrides."""
+    return parse_config(cls, overlay(read_yaml(path), parse_overrides(arguments)), str(path))
+
+
+def parse_config(cls: type[T], values: dict, where: str = "config") -> T:
+    """Checked `cls` from nested plain values.
+
+    Raises:
+        ConfigError: on an unknown key (naming the nearest), a missing key or a wrong type.
+    """
+    _check_keys(cls, values, where, "")
+    try:
+        return TypeAdapter(cls).validate_python(_floats(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: key '{key}' is missing; add it") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {key}={first['input']!r}: {message}") from error
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Hint for an unknown word."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{match[0]}'?" if match else "known: " + ", ".join(sorted(known))
+
+
+def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
+    owner = _dataclass_of(cls)
+    if owner is None or not isinstance(values, dict):
+        return
+    hints = typing.get_type_hints(owner)
+    known = [field.name for field in dataclasses.fields(owner)]
+    for key, value in values.items():
+        if key not in known:
+            name = prefix + str(key)
+            raise ConfigError(f"{where}: unknown key '{name}'; {nearest(str(key), known)}")
+        _check_keys(hints[key], value, where, f"{prefix}{key}.")
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    """The dataclass in `X` or `X | None`."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation if isinstance(annotation, type) else None
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        found = [_dataclass_of(option) for option in typing.get_args(annotation)]
+        return next((option for option in found if option is not None), None)
+    return None
+
+
+def _floats(values: Any) -> Any:
+    """YAML 1.1 reads `1e-5` (no dot) as text; people write it everywhere."""
+    if isinstance(values, dict):
+        return {key: _floats(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_floats(value) for value in values]
+    if isinstance(values, str) and values[:1] in "+-.0123456789" and "e" in values.lower():
+        try:
+            return float(values)
+        except ValueError:
+            return values
+    return values

@@ -1,0 +1,101 @@
+"""What a run says: one console line per log step, TensorBoard scalars, and `metrics.jsonl`.
+
+The jsonl is the record of truth: one object per step and never a step twice, also after a resume.
+TensorBoard is drawn from the same numbers. Only rank 0 writes.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+
+class MetricWriter:
+    """Scalars of one run.
+
+    Args:
+        run_dir: the run directory; None on the ranks that do not write.
+        first_step: first step of this process; older records beyond it are dropped, because a
+            resumed run does those steps again.
+    """
+
+    def __init__(self, run_dir: Path | None, first_step: int) -> None:
+        self.run_dir = run_dir
+        if run_dir is None:
+            return
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines()
+                    if _is_before(line, first_step)]
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text("".join(line + "\n" for line in kept))
+            os.replace(aside, self.path)
+        self.tensorboard = SummaryWriter(str(run_dir / "tb"), purge_step=first_step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One record of tag -> value at a step."""
+        if self.run_dir is None:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def say(self, message: str) -> None:
+        """A line for people; flushed, because jobs write to files."""
+        if self.run_dir is not None:
+            print(message, file=sys.stdout, flush=True)
+
+    def text(self, tag: str, text: str) -> None:
+        if self.run_dir is not None:
+            self.tensorboard.add_text(tag, f"```\n{text}\n```")
+
+    def close(self) -> None:
+        if self.run_dir is not None:
+            self.tensorboard.close()
+
+
+def _is_before(line: str, first_step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < first_step
+    except ValueError:  # the last line of a killed run may be cut
+        return False
+
+
+class Clock:
+    """Step time and time left, from a moving average that forgets the slow first steps."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.average: float | None = None
+
+    def tick(self, steps: int = 1) -> float:
+        """Seconds per step since the last tick."""
+        now = time.perf_counter()
+        seconds = (now - self.last) / steps
+        self.last = now
+        self.average = seconds if self.average is None else 0.9 * self.average + 0.1 * seconds
+        return seconds
+
+    def restart(self) -> None:
+        """Count anew, after work that is not a training step."""
+        self.last = time.perf_counter()
+
+    def eta(self, steps_left: int) -> str:
+        return format_seconds((self.average or 0.0) * steps_left)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak device memory since start, in GiB; on a CPU 0."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
