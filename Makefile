@@ -21,7 +21,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 quickstart: $(STAMP)
-	bash launch/quickstart.sh
+	$(BIN)/python -m tools.quickstart
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One node without Slurm: one process per GPU (or NPROC processes on a CPU).
+#
+#   bash launch/local.sh configs/alt_merge_t2av.yaml [key=value ...]
+#   NPROC=2 bash launch/local.sh configs/playground.yaml
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[[ -d .venv/bin ]] && export PATH="$PWD/.venv/bin:$PATH"   # ninja must be found
+if [[ -z "${NPROC:-}" ]]; then
+  NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  [[ "$NPROC" -gt 0 ]] || NPROC=1
+fi
+if ! nvidia-smi --list-gpus >/dev/null 2>&1; then
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+  cores=$(nproc)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+fi
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
+exec torchrun --standalone --nproc-per-node="$NPROC" train.py "$@"
