@@ -1,0 +1,64 @@
+"""Write playground clips as ordinary mp4 files with a manifest.
+
+    python -m data.playground out/ --clips 60 --seed 0 --validation 12
+
+writes out/clips/<id>.mp4, out/manifest.jsonl (what `python -m data.prepare` reads) and
+out/events.jsonl (ground truth: impacts, materials, colours, in pixels and seconds). Clip `index`
+of a seed is always the same clip; the last `--validation` indices get split "validation".
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from data.mux import write_clip
+from data.playground import FPS, Clip, make_clip
+from data.playground.sound import SAMPLE_RATE
+
+
+def _manifest_record(clip: Clip, split: str) -> dict:
+    facts = clip.facts
+    return {
+        "id": facts.id,
+        "path": f"clips/{facts.id}.mp4",
+        "video_caption": facts.video_caption,
+        "audio_caption": facts.audio_caption,
+        "split": split,
+        "source": "playground",
+        "class": facts.clip_class,
+    }
+
+
+def _truth_record(clip: Clip) -> dict:
+    facts = clip.facts
+    record = {key: getattr(facts, key) for key in ("id", "scene", "material", "colours", "motion")}
+    return record | {"events": [event._asdict() for event in facts.events]}
+
+
+def write_clips(out: Path, clips: int, validation: int, seed: int) -> None:
+    """Write `clips` training clips, then `validation` held-out ones (later indices)."""
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    with open(out / "manifest.jsonl", "w") as manifest, open(out / "events.jsonl", "w") as truth:
+        for index in range(clips + validation):
+            clip = make_clip(seed, index)
+            record = _manifest_record(clip, "train" if index < clips else "validation")
+            write_clip(out / record["path"], clip.frames, FPS, clip.audio, SAMPLE_RATE)
+            manifest.write(json.dumps(record) + "\n")
+            truth.write(json.dumps(_truth_record(clip)) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.playground", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--clips", type=int, default=60, help="training clips")
+    parser.add_argument("--validation", type=int, default=0, help="held-out clips after them")
+    parser.add_argument("--seed", type=int, default=0, help="which world")
+    args = parser.parse_args()
+    if args.clips < 1 or args.validation < 0:
+        parser.error(f"--clips {args.clips} --validation {args.validation}: need >= 1 and >= 0")
+    write_clips(args.out, args.clips, args.validation, args.seed)
+    print(f"{args.clips} + {args.validation} clips in {args.out / 'manifest.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()
