@@ -1,0 +1,51 @@
+"""Strict construction of the model's frozen config dataclasses from plain mappings.
+
+The dataclasses live beside the modules that own them; this is the one function they share. An
+unknown key, a wrong type or a wrong value is an error that names the key, the value and the fix.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def strict_config(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Build the dataclass ``cls`` from ``values``; ``where`` prefixes keys in error messages.
+
+    Lists become tuples, because the dataclasses are hashable. Raises ValueError for an unknown
+    key (naming the nearest known one) and TypeError for a value of another type than the default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        if key not in defaults:
+            raise ValueError(unknown_key_message(key, list(defaults), where))
+        arguments[key] = _matching_type(f"{where}.{key}", value, defaults[key])
+    return cls(**arguments)
+
+
+def unknown_key_message(key: str, known: list[str], where: str) -> str:
+    """One line naming the unknown ``key`` and the nearest of the ``known`` ones."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return (
+        f"{where}.{key} is not a known key; did you mean {where}.{nearest[0]}? "
+        f"Known keys: {', '.join(sorted(known))}"
+    )
+
+
+def _matching_type(name: str, value: Any, default: Any) -> Any:
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if dataclasses.is_dataclass(default) or default is None:
+        return value  # nested configs are built by their owner before they arrive here
+    if type(value) is not type(default):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}; use a {type(default).__name__} "
+            f"like the default {default!r}"
+        )
+    return value
