@@ -1,0 +1,150 @@
+"""Finding, reading and checking released weight files: local folders or hub ids, safetensors only.
+
+Every error is one line that names what was looked for and the hub id to download. Used by
+`model.encoders`; no tensor here knows which model it belongs to.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+
+WAN_HUB_ID = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+TANGOFLUX_HUB_ID = "declare-lab/TangoFlux"
+FLAN_T5_HUB_ID = "google/flan-t5-large"
+
+TOKENIZER_FILES = ["tokenizer*", "spiece.model", "special_tokens_map.json", "added_tokens.json"]
+
+
+def resolve_folder(source: str | Path, key: str, hub_id: str, patterns: list[str]) -> Path:
+    """A local folder as it is, or the downloaded snapshot of a hub id `owner/name`.
+
+    FileNotFoundError names `key`, the value and `hub_id` (what to download instead).
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not _looks_like_hub_id(str(source)):
+        raise FileNotFoundError(
+            f"{key}={source}: there is no such folder; give a local copy of {hub_id} "
+            f"or the hub id itself"
+        )
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every hub error is one of the two
+        raise FileNotFoundError(
+            f"{key}={source}: neither a folder here nor a hub id that could be downloaded "
+            f"({type(error).__name__}); download {hub_id} and give its folder"
+        ) from error
+
+
+def require_file(path: Path, key: str, hub_id: str) -> Path:
+    """The path itself, or a FileNotFoundError naming it, its key and where to get it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{key}: no file {path}; download it from {hub_id}")
+    return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """All safetensors files of a diffusers/transformers folder; FileNotFoundError if none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors file in {folder}; download it again")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError names the file when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def iter_tensors(files: list[Path], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name without prefix, tensor) of every tensor whose name starts with `prefix`, by name."""
+    owner = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            owner.update({name: path for name in file.keys() if name.startswith(prefix)})
+    for name in sorted(owner):
+        with safe_open(owner[name], framework="pt") as file:
+            yield name.removeprefix(prefix), file.get_tensor(name)
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy tensors into the module; ValueError on a missing, unknown or mis-shaped one."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misshaped = sorted(
+        name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
+    )
+    check_loaded(path, missing, unknown, misshaped)
+    module.load_state_dict(tensors)
+
+
+def check_loaded(path: Path, missing: list, unknown: list, misshaped: list) -> None:
+    """ValueError naming the first offender of each kind; from_pretrained only warns."""
+    kinds = {"missing": missing, "unknown": unknown, "of another shape": misshaped}
+    faults = [f"{len(v)} tensor(s) {kind} (first: {v[0]})" for kind, v in kinds.items() if v]
+    if faults:
+        raise ValueError(f"{path}: {', '.join(faults)}; weights and config do not belong together")
+
+
+def fingerprint(
+    files: list[Path],
+    config: dict[str, Any],
+    tokenizer_folder: Path | None = None,
+    prefix: str = "",
+) -> str:
+    """sha256 over config, tensors (name, dtype, shape, bytes) and tokenizer files.
+
+    Tensors are hashed by name, so a single file and its shards have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    settings = {k: v for k, v in config.items() if not k.startswith("_") and "version" not in k}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in iter_tensors(files, prefix):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    if tokenizer_folder is not None:
+        for path in sorted(tokenizer_folder.glob("tokenizer*")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def wan_subfolder(wan: str | Path, name: str, needed: str) -> Path:
+    """`<wan>/<name>`, which must hold the file `needed`."""
+    folder = resolve_folder(wan, "wan", WAN_HUB_ID, [f"{name}/*"]) / name
+    return require_file(folder / needed, "wan", WAN_HUB_ID).parent
+
+
+def tangoflux_file(tangoflux: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """(path of the file, config.json of its folder)."""
+    folder = resolve_folder(tangoflux, "tangoflux", TANGOFLUX_HUB_ID, ["*.safetensors", "*.json"])
+    path = require_file(folder / name, "tangoflux", TANGOFLUX_HUB_ID)
+    config = require_file(folder / "config.json", "tangoflux", TANGOFLUX_HUB_ID)
+    return path, read_json(config)
+
+
+def t5_folder(tangoflux_folder: Path, name: str) -> Path:
+    """Flan-T5's config and tokenizer: inside the TangoFlux folder, elsewhere, or on the hub."""
+    folder = tangoflux_folder / name
+    if not folder.is_dir():
+        patterns = ["config.json", *TOKENIZER_FILES]
+        folder = resolve_folder(name, "text_encoder_name", FLAN_T5_HUB_ID, patterns)
+    return require_file(folder / "config.json", "text_encoder_name", FLAN_T5_HUB_ID).parent
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    """owner/name, not an absolute or dotted path."""
+    return source.count("/") == 1 and not source.startswith(("/", ".", "~"))
