@@ -130,7 +130,7 @@ class AVFullDiT(nn.Module):
     """The whole model.
 
     ``recompute`` "full" recomputes each block in the backward pass (a joint block as one unit);
-    ``attention`` is a name of `model.attention.KERNELS`; ``self.attend.kernel`` tells the choice.
+    ``attention`` is a name of `model.attention.KERNELS`; ``attention_kernel`` tells the choice.
     """
 
     def __init__(
@@ -151,6 +151,12 @@ class AVFullDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(
             JointBlock(config, self.attend) for _ in range(config.num_joint_blocks)
         )
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of the kernel in use, chosen by the weights' dtype and device if not yet run."""
+        weight = self.video.proj_out.weight
+        return self.attend.resolve(weight.device, weight.dtype)
 
     def forward(
         self,
