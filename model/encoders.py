@@ -38,7 +38,7 @@ AUDIO_TEXT_LENGTH = 64  # hard-coded in TangoFlux
 class VideoVAE:
     """AutoencoderKLWan: frames in [-1, 1] <-> latents; causal, so frame counts are 4k+1."""
 
-    def __init__(self, vae: AutoencoderKLWan, weight_files: list[Path]) -> None:
+    def __init__(self, vae: Any, weight_files: list[Path]) -> None:
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
         self.weight_files = weight_files
@@ -58,7 +58,7 @@ class VideoVAE:
         """Load `<wan>/vae`. Wan's own code runs this VAE in float32."""
         folder = wan_subfolder(wan, "vae", "config.json")
         files = weight_files(folder)
-        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
+        vae: Any = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
         load_strictly(vae, dict(iter_tensors(files)), folder)
         return cls(_place(vae, device, dtype), files)
 
@@ -108,7 +108,7 @@ class VideoVAE:
 class AudioVAE:
     """AutoencoderOobleck: stereo waveform <-> latents, one per hop; no normalisation."""
 
-    def __init__(self, vae: AutoencoderOobleck, weight_files: list[Path]) -> None:
+    def __init__(self, vae: Any, weight_files: list[Path]) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.weight_files = weight_files
         self.sample_rate: int = vae.config.sampling_rate
@@ -125,7 +125,7 @@ class AudioVAE:
     ) -> "AudioVAE":
         """Load `<tangoflux>/vae.safetensors` (weight_norm names weight_g, weight_v), strictly."""
         path, config = tangoflux_file(tangoflux, "vae.safetensors")
-        vae = AutoencoderOobleck(**config.get("vae", {}))
+        vae: Any = AutoencoderOobleck(**config.get("vae", {}))
         load_strictly(vae, dict(iter_tensors([path])), path)
         return cls(_place(vae, device, dtype), [path])
 
@@ -161,7 +161,7 @@ class AudioVAE:
 class VideoTextEncoder:
     """umT5 as Wan uses it: cleaned, padded to `max_length`, cut back to the true length."""
 
-    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, encoder: Any, tokenizer: Any, max_length: int) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -212,7 +212,7 @@ class VideoTextEncoder:
 class AudioTextEncoder:
     """Flan-T5 as TangoFlux uses it; always 64 rows, because its pad rows are attended too."""
 
-    def __init__(self, encoder: T5EncoderModel, tokenizer: Any) -> None:
+    def __init__(self, encoder: Any, tokenizer: Any) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.width: int = encoder.config.d_model
@@ -229,7 +229,7 @@ class AudioTextEncoder:
         folder or hub id that config.json calls `text_encoder_name` (google/flan-t5-large)."""
         path, config = tangoflux_file(tangoflux, "tangoflux.safetensors")
         source = t5_folder(path.parent, config.get("text_encoder_name", FLAN_T5_HUB_ID))
-        encoder = T5EncoderModel(T5Config.from_pretrained(source))
+        encoder: Any = T5EncoderModel(T5Config.from_pretrained(source))
         tensors = dict(iter_tensors([path], "text_encoder."))
         if "shared.weight" in tensors:  # tied; the released file holds one name of the two
             tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])

@@ -1,0 +1,1 @@
+"""Clips to encoded shards, shards to batches."""

@@ -1,0 +1,149 @@
+"""What a media file holds, from its packets: streams, presentation times, rates. No decoding.
+
+The header is not believed: a truncated file states its full duration, a streamed webm none at
+all, a variable frame rate has no single number. Every time here is in seconds from the earliest
+sample of the container (as players count), edit lists applied. Called by `data.decode`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+REASONS = (  # the order in which they are tried; the first that applies is reported
+    "undecodable",
+    "no_video",
+    "no_audio",
+    "too_short",
+    "low_fps",
+    "portrait",
+    "silent",
+)
+
+
+Span = tuple[float, float]  # (begin, length) in seconds
+
+
+class Rejected(Exception):
+    """A clip that cannot be used: `reason` is one of REASONS, `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One file's chosen streams and the times of its pictures."""
+
+    video_index: int
+    audio_index: int
+    origin: float  # container time, in seconds, that counts as 0
+    times: np.ndarray  # (frames,) presentation times, sorted
+    end: float  # when the last picture has been shown
+    sound_start: float
+    sound_end: float
+
+    @property
+    def start(self) -> float:
+        return float(self.times[0])
+
+    @property
+    def duration(self) -> float:
+        """Seconds of picture that can be read, whatever the header says."""
+        return self.end - self.start
+
+    @property
+    def fps(self) -> float:
+        """Mean source frame rate over the whole stream."""
+        if len(self.times) < 2:
+            return 1.0 / self.duration if self.duration > 0 else 0.0
+        return float((len(self.times) - 1) / (self.times[-1] - self.times[0]))
+
+
+@contextmanager
+def open_media(path: str | Path) -> Iterator[Any]:
+    """The container, closed at the end; Rejected("undecodable") if it cannot be opened."""
+    try:
+        container = av.open(str(path), metadata_errors="replace")
+    except av.FFmpegError as error:
+        raise Rejected("undecodable", f"cannot be opened: {error.strerror}") from error
+    with container:
+        yield container
+
+
+def probe(path: str | Path) -> Probe:
+    """Choose the streams and read all packet times; Rejected when there is nothing to decode."""
+    with open_media(path) as container:
+        video, audio = choose_video(container), choose_audio(container)
+        if video is None:
+            raise Rejected("no_video", "no video stream")
+        pictures, sounds = _read_packets(container, video, audio)
+        if not pictures:
+            raise Rejected("undecodable", "the video stream holds no picture with a time stamp")
+        if audio is None:
+            raise Rejected("no_audio", "no audio stream")
+        if not sounds:
+            raise Rejected("no_audio", "the audio stream is empty")
+        origin = (container.start_time or 0) / av.time_base
+        times = np.sort(np.array([begin for begin, _ in pictures])) - origin
+        # Some containers leave packet durations out: the last picture then lasts a mean frame.
+        mean_frame = (times[-1] - times[0]) / max(1, len(times) - 1)
+        return Probe(
+            video_index=video.index,
+            audio_index=audio.index,
+            origin=origin,
+            times=times,
+            end=max(begin + (length or mean_frame) for begin, length in pictures) - origin,
+            sound_start=min(begin for begin, _ in sounds) - origin,
+            sound_end=max(begin + length for begin, length in sounds) - origin,
+        )
+
+
+def choose_video(container: Any) -> Any:
+    """The default, then the largest picture (ffmpeg's own choice); cover art is no video."""
+    streams = [s for s in container.streams.video if not s.disposition & _ATTACHED]
+    return max(streams, key=_video_rank, default=None)
+
+
+def choose_audio(container: Any) -> Any:
+    """The default, then the most channels, then the first."""
+    streams = [s for s in container.streams.audio if s.codec_context is not None]
+    return max(streams, key=_audio_rank, default=None)
+
+
+_ATTACHED = av.stream.Disposition.attached_pic
+_DEFAULT = av.stream.Disposition.default
+
+
+def _video_rank(stream: Any) -> tuple:
+    return bool(stream.disposition & _DEFAULT), stream.width * stream.height, -stream.index
+
+
+def _audio_rank(stream: Any) -> tuple:
+    return bool(stream.disposition & _DEFAULT), stream.channels, -stream.index
+
+
+def _read_packets(container: Any, video: Any, audio: Any) -> tuple[list[Span], list[Span]]:
+    """(begin, length) of every shown picture and of every sound packet, in container time."""
+    pictures: list[Span] = []
+    sounds: list[Span] = []
+    streams = [video] if audio is None else [video, audio]
+    packets = container.demux(streams)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return pictures, sounds
+        except av.FFmpegError:  # the file ends inside a packet: what was read so far counts
+            return pictures, sounds
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if not packet.size or stamp is None or packet.is_discard:  # discard: cut by an edit list
+            continue
+        span = float(stamp * packet.time_base), float((packet.duration or 0) * packet.time_base)
+        (pictures if packet.stream_index == video.index else sounds).append(span)
