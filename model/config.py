@@ -45,7 +45,7 @@ def _matching_type(name: str, value: Any, default: Any) -> Any:
         return value  # nested configs are built by their owner before they arrive here
     if type(value) is not type(default):
         raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; use a {type(default).__name__} "
+            f"{name}={value!r} is a {type(value).__name__}; give {type(default).__name__} "
             f"like the default {default!r}"
         )
     return value
