@@ -1,0 +1,205 @@
+"""What one stored sample is, once: written by `data.prepare`, read by `data.dataset`.
+
+Latents are stored raw as float16 (video: posterior mode; audio: posterior mean and std), so that
+normalisation can change without encoding again. Text states are stored as the bits of bfloat16:
+umT5 rows cut to their true length, Flan-T5 always 64 rows (backbones.md 7).
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+FORMAT = 1  # raise it when a column changes its meaning
+METADATA_FILE, TEXT_FILE, REJECTS_FILE = "dataset.json", "text.safetensors", "rejects.jsonl"
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names key, value, rule and fix in one line."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """dataset.json: how all samples of a data set were cut and encoded."""
+
+    fps: float
+    frames: int
+    height: int
+    width: int
+    sample_rate: int
+    audio_hop: int
+    video_temporal_stride: int
+    video_spatial_stride: int
+    latents_mean: list[float]  # (C,) per channel of the video latents
+    latents_std: list[float]  # (C,)
+    video_latent_shape: list[int]  # (C, F, h, w)
+    audio_latent_shape: list[int]  # (L, C)
+    video_text_length: int  # rows that the video text is zero-padded to
+    video_text_width: int
+    audio_text_length: int
+    audio_text_width: int
+    fingerprints: dict[str, str] = field(default_factory=dict)  # encoder -> sha256
+    counts: dict[str, int] = field(default_factory=dict)  # split -> samples
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> clips
+    format: int = FORMAT
+
+    @property
+    def duration(self) -> float:
+        """Seconds of a sample, frames / fps: what the duration token is told."""
+        return self.frames / self.fps
+
+
+class Batch(NamedTuple):
+    """Samples of one shape; the first field is batch-first, which streaming counts by."""
+
+    video_latents: Tensor  # (B, C, F, h, w) float32, normalised
+    audio_mean: Tensor  # (B, L, C) float32
+    audio_std: Tensor  # (B, L, C) float32
+    video_text: Tensor  # (B, Nt, D) bfloat16, zero-padded
+    audio_text: Tensor  # (B, 64, D) bfloat16
+    audio_text_mask: Tensor  # (B, 64) bool, True = token
+    duration: Tensor  # (B,) float32, seconds
+    sample_ids: list[str]
+
+    def part(self, samples: slice) -> "Batch":
+        """Some of the samples, e.g. one micro-batch."""
+        return Batch._make(value[samples] for value in self)
+
+
+def columns(metadata: Metadata) -> dict[str, str]:
+    """MDS column -> encoding; fixed shapes, so that the writer refuses any other."""
+    video = ",".join(map(str, metadata.video_latent_shape))
+    audio = ",".join(map(str, metadata.audio_latent_shape))
+    text = f"{metadata.audio_text_length},{metadata.audio_text_width}"
+    return {
+        "id": "str",
+        "video_latents": f"ndarray:float16:{video}",  # (C, F, h, w) raw
+        "audio_mean": f"ndarray:float16:{audio}",  # (L, C) raw
+        "audio_std": f"ndarray:float16:{audio}",  # (L, C)
+        "video_text": "ndarray:uint16",  # (n, D) bits of bfloat16
+        "audio_text": f"ndarray:uint16:{text}",  # (64, D) bits of bfloat16
+        "audio_text_mask": f"ndarray:uint8:{metadata.audio_text_length}",  # (64,)
+        "record": "json",  # the manifest's record and what was found out about the source
+    }
+
+
+def pack(
+    record: dict[str, Any],
+    video_latents: Tensor,
+    audio: tuple[Tensor, Tensor],
+    video_text: Tensor,
+    audio_text: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """One sample as MDS columns, from tensors without a batch axis.
+
+    Args:
+        record: JSON values; `id` is the sample's name.
+        video_latents: (C, F, h, w) raw.
+        audio: mean and std, (L, C) each.
+        video_text: (n, D).
+        audio_text: states (64, D) and mask (64,).
+    """
+    return {
+        "id": record["id"],
+        "video_latents": _half(video_latents),
+        "audio_mean": _half(audio[0]),
+        "audio_std": _half(audio[1]),
+        "video_text": _bits(video_text),
+        "audio_text": _bits(audio_text[0]),
+        "audio_text_mask": audio_text[1].cpu().numpy().astype(np.uint8),
+        "record": record,
+    }
+
+
+def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
+    """MDS samples -> Batch: latents normalised, video text zero-padded."""
+    latents = torch.stack([_float(sample["video_latents"]) for sample in samples])
+    mean, std = torch.tensor(metadata.latents_mean), torch.tensor(metadata.latents_std)
+    shape = (1, -1, 1, 1, 1)  # per channel
+    return Batch(
+        video_latents=(latents - mean.view(shape)) / std.view(shape),  # (B, C, F, h, w)
+        audio_mean=torch.stack([_float(sample["audio_mean"]) for sample in samples]),
+        audio_std=torch.stack([_float(sample["audio_std"]) for sample in samples]),
+        video_text=torch.stack(
+            [_padded(_bfloat16(s["video_text"]), metadata.video_text_length) for s in samples]
+        ),
+        audio_text=torch.stack([_bfloat16(sample["audio_text"]) for sample in samples]),
+        audio_text_mask=torch.stack(
+            [torch.from_numpy(s["audio_text_mask"].astype(bool)) for s in samples]
+        ),
+        duration=torch.full((len(samples),), metadata.duration, dtype=torch.float32),
+        sample_ids=[sample["id"] for sample in samples],
+    )
+
+
+def save_metadata(root: Path, metadata: Metadata) -> None:
+    """Write dataset.json."""
+    text = json.dumps(dataclasses.asdict(metadata), indent=1, ensure_ascii=False)
+    (root / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_metadata(root: str | Path) -> Metadata:
+    """Read dataset.json; DataError if it is not there or of another format."""
+    path = Path(root) / METADATA_FILE
+    if not path.is_file():
+        raise DataError(f"data.root={root}: no {METADATA_FILE}; {how_to_prepare(root)}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format") != FORMAT:
+            raise DataError(
+                f"{path}: format {values.get('format')}, this code reads format {FORMAT}; "
+                f"{how_to_prepare(root)}"
+            )
+        return Metadata(**values)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
+
+
+def load_text_states(root: str | Path) -> dict[str, Tensor]:
+    """Encoded "" and negative prompts, bfloat16, stored beside the shards.
+
+    Returns: video_empty (n, D), video_negative (n, D), and audio_empty, audio_negative (64, D)
+    with audio_empty_mask, audio_negative_mask (64,) bool. Video rows are not padded.
+    """
+    path = Path(root) / TEXT_FILE
+    if not path.is_file():
+        raise DataError(f"data.root={root}: no {TEXT_FILE}; {how_to_prepare(root)}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
+
+
+def how_to_prepare(root: str | Path) -> str:
+    """The fix that every error about missing shards ends with."""
+    return f"make it with `python -m data.prepare manifest.jsonl {root} --wan ... --tangoflux ...`"
+
+
+def _half(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().to(torch.float16).contiguous().numpy()
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """MDS has no bfloat16: its bits travel as uint16."""
+    bits = tensor.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
+    return bits.numpy().view(np.uint16)
+
+
+def _float(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _bfloat16(bits: np.ndarray) -> Tensor:
+    return torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16)
+
+
+def _padded(states: Tensor, length: int) -> Tensor:
+    """(n, D) -> (length, D), zeros below."""
+    return torch.nn.functional.pad(states, (0, 0, 0, length - len(states)))
