@@ -13,15 +13,16 @@ rank or world size, and a t2v run meets the video noise of its t2av twin.
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from data.dataset import DataConfig, HeldOut, build_loader
-from data.schema import Batch, Metadata, load_metadata, load_text_states
+from data.schema import Batch, DataError, Metadata, load_metadata, load_text_states
 from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
@@ -34,7 +35,7 @@ from model.pretrained import (
 from training import engine as ds
 from training.checkpoint import CheckpointError, lock_run, resume, save_checkpoint, write_json
 from training.config import ConfigError, load_config
-from training.distributed import World, WorldError, shutdown, start, sum_over_ranks
+from training.distributed import World, WorldError, resolve_world, shutdown, start, sum_over_ranks
 from training.metrics import Clock, MetricWriter, format_seconds, peak_memory_gib
 
 
@@ -82,26 +83,45 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
             f"data.root={config.data.root} holds latents of {channels} channels but "
             f"wan={config.wan} takes {video.in_channels}: encode with the VAE of the same folder"
         )
-    return AVFullDiTConfig(
-        task=config.task,
-        video=video,
-        audio=audio if config.task == "t2av" else None,
-        num_joint_blocks=config.model.num_joint_blocks,
-        fps=metadata.fps,
-        video_temporal_stride=metadata.video_temporal_stride,
-        sample_rate=metadata.sample_rate,
-        audio_hop=metadata.audio_hop,
+    try:
+        return AVFullDiTConfig(
+            task=config.task,
+            video=video,
+            audio=audio if config.task == "t2av" else None,
+            num_joint_blocks=config.model.num_joint_blocks,
+            fps=metadata.fps,
+            video_temporal_stride=metadata.video_temporal_stride,
+            sample_rate=metadata.sample_rate,
+            audio_hop=metadata.audio_hop,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class Plan(NamedTuple):
+    """All that is known before a process group or a model exists."""
+
+    metadata: Metadata
+    model: AVFullDiTConfig
+    deepspeed: dict[str, Any]
+
+
+def build_plan(config: RunConfig, world: World) -> Plan:
+    """Read and check every file the run names except the weights, in seconds, on any machine."""
+    metadata = load_metadata(config.data.root)
+    ds_config = ds.complete_ds_config(
+        ds.read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
+        world.world_size,
     )
+    return Plan(metadata, build_model_config(config, metadata), ds_config)
 
 
-def build_model(
-    config: RunConfig, model_config: AVFullDiTConfig, ds_config: dict[str, Any], fresh: bool
-) -> AVFullDiT:
+def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
     """The stitched model; both backbones' weights are read unless a checkpoint will be."""
     torch.manual_seed(config.seed)  # the new weights are drawn alike on every rank
     model = ds.build_sharded(
-        lambda: AVFullDiT(model_config, recompute=config.recompute, attention=config.attention),
-        ds_config,
+        lambda: AVFullDiT(plan.model, recompute=config.recompute, attention=config.attention),
+        plan.deepspeed,
     )
     assert isinstance(model, AVFullDiT)
     if fresh:
@@ -177,17 +197,19 @@ def log_step(
     tags = ["loss_video", "loss_audio"] if config.task == "t2av" else ["loss_video"]
     values = {f"train/{tag}": loss for tag, loss in zip(tags, losses, strict=False)} | {
         "train/loss": build_objective(config).total(*losses),
-        "train/grad_norm": float(engine.get_global_grad_norm()),
         "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
         "train/samples_seen": float(step * config.global_batch_size),
         "time/step_seconds": seconds,
         "memory/peak_gib": peak_memory_gib(engine.device),
     }
+    norm = engine.get_global_grad_norm()  # None in stage 0 with fp32, where DeepSpeed keeps none
+    if norm is not None:
+        values["train/grad_norm"] = float(norm)
     writer.scalars(step, values)
     writer.say(
         f"step {step}/{config.max_steps}  loss {values['train/loss']:.4f}  "
         + "  ".join(f"{tag[5:]} {values[f'train/{tag}']:.4f}" for tag in tags)
-        + f"  grad {values['train/grad_norm']:.3f}  lr {values['train/lr']:.2e}  "
+        + f"  grad {values.get('train/grad_norm', math.nan):.3f}  lr {values['train/lr']:.2e}  "
         f"{seconds:.2f} s/step  eta {clock.eta(config.max_steps - step)}"
     )
 
@@ -196,18 +218,16 @@ def build_objective(config: RunConfig) -> Objective:
     return Objective(config.task, config.seed, config.flow)
 
 
-def run(config: RunConfig, world: World, device: torch.device) -> None:
+def run(config: RunConfig, plan: Plan, world: World) -> None:
     """Build, resume, then go through the steps; maintenance comes before the step."""
     run_dir = Path(config.run_dir)
     lock = lock_run(run_dir, world)
-    model_config = build_model_config(config, load_metadata(config.data.root))
-    ds_config = ds.complete_ds_config(
-        ds.read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
-        world.world_size,
-    )
     fresh = not any((run_dir / "checkpoints").glob("step*"))
-    model = build_model(config, model_config, ds_config, fresh)
-    engine, rates = ds.build_engine(model, new_parameter_names(model), config.optimizer, ds_config)
+    model = build_model(config, plan, fresh)
+    engine, rates = ds.build_engine(
+        model, new_parameter_names(model), config.optimizer, plan.deepspeed
+    )
+    model.attend.resolve(engine.device, next(engine.parameters()).dtype)
     first = (resume(engine, run_dir, world) or {"step": 0})["step"]
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first
@@ -216,8 +236,8 @@ def run(config: RunConfig, world: World, device: torch.device) -> None:
     objective = build_objective(config)
     writer = MetricWriter(run_dir if world.is_main else None, first + 1)
     if world.is_main:
-        record_run(run_dir, config, model_config, ds_config, writer)
-        announce(config, world, model, first, ds_config, writer)
+        record_run(run_dir, config, plan, writer)
+        announce(config, world, model, first, plan.deepspeed, writer)
 
     step, clock, began = first, Clock(), Clock()
     sums, counted = torch.zeros(2, dtype=torch.float64, device=engine.device), 0
@@ -251,18 +271,18 @@ def run(config: RunConfig, world: World, device: torch.device) -> None:
         lock.close()
 
 
-def record_run(
-    run_dir: Path, config: RunConfig, model_config: AVFullDiTConfig, ds_config: dict[str, Any],
-    writer: MetricWriter,
-) -> None:
+def record_run(run_dir: Path, config: RunConfig, plan: Plan, writer: MetricWriter) -> None:
     """The resolved settings beside the results: what tools read and what a colleague asks for."""
-    resolved = dataclasses.asdict(config)
     (run_dir / "config").mkdir(exist_ok=True)
-    write_json(run_dir / "config" / "run.json", resolved)
-    write_json(run_dir / "config" / "model.json", dataclasses.asdict(model_config))
-    write_json(run_dir / "config" / "deepspeed.json", ds_config)
-    writer.text("config/run", json.dumps(resolved, indent=1, ensure_ascii=False))
-    writer.text("config/deepspeed", json.dumps(ds_config, indent=1))
+    resolved: dict[str, dict] = {
+        "run": dataclasses.asdict(config),
+        "data": dataclasses.asdict(plan.metadata),
+        "model": dataclasses.asdict(plan.model),
+        "deepspeed": plan.deepspeed,
+    }
+    for name, values in resolved.items():
+        write_json(run_dir / "config" / f"{name}.json", values)
+        writer.text(f"config/{name}", json.dumps(values, indent=1, ensure_ascii=False))
 
 
 def announce(
@@ -276,7 +296,7 @@ def announce(
                 for name, p in model.named_parameters() if name in new)
     writer.say(
         f"{config.task}: {total:,} parameters, {added:,} of them new; attention "
-        f"{model.attention_kernel}; recompute {config.recompute}\n"
+        f"{model.attend.kernel}; recompute {config.recompute}\n"
         f"{world.world_size} ranks ({world.source}), ZeRO-{ds.zero_stage(ds_config)}, global batch "
         f"{config.global_batch_size} = micro {ds_config['train_micro_batch_size_per_gpu']} x "
         f"accumulation {ds_config['gradient_accumulation_steps']} x ranks {world.world_size}\n"
@@ -291,11 +311,14 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 78
     try:
+        world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
-        world, device = start(config.timeout_minutes)
-        run(config, world, device)
-    except (ConfigError, WorldError, CheckpointError, PretrainedError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        plan = build_plan(config, world)
+        start(world, config.timeout_minutes)
+        run(config, plan, world)
+    except (ConfigError, WorldError, DataError, CheckpointError, PretrainedError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 78
     finally:
         shutdown()

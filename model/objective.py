@@ -46,7 +46,6 @@ class LatentBatch(Protocol):
     def duration(self) -> Tensor: ...  # (B,) seconds
     @property
     def sample_ids(self) -> Sequence[str]: ...
-    def _replace(self, **changes: Any) -> Any: ...
 
 
 B = TypeVar("B", bound=LatentBatch)
@@ -95,7 +94,8 @@ class Objective:
             video_text[index, : len(empty["video_empty"])] = empty["video_empty"]
             audio_text[index] = empty["audio_empty"]
             audio_mask[index] = empty["audio_empty_mask"]
-        return batch._replace(
+        batch_tuple: Any = batch  # a NamedTuple
+        return batch_tuple._replace(
             video_text=video_text, audio_text=audio_text, audio_text_mask=audio_mask
         )
 

@@ -67,7 +67,8 @@ def write_contact_sheet(
         tile = Image.fromarray(frames[pick]).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(tile, (column * width, top))
         draw.line([(column * width, top), (column * width, top + height)], fill="white", width=2)
-        draw.text((column * width + width // 2 - 16, top + height), f"{pick / fps:.2f} s", fill="black")
+        place = (column * width + width // 2 - 16, top + height)
+        draw.text(place, f"{pick / fps:.2f} s", fill="black")
     if audio is not None:
         # The spectrogram spans the clip from the first column's left edge to the last one's right.
         picture = Image.fromarray(spectrogram(audio, total, sound))

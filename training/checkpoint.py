@@ -24,12 +24,14 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from training.distributed import World, barrier, broadcast_object
 
 MANIFEST = "manifest.json"
-SAFE_CLASSES = [LossScaler, ZeroStageEnum]  # all that DeepSpeed's files need beyond tensors
+# All that DeepSpeed's files need beyond tensors; fragment_address in stages 1 and 2 only.
+SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 CLIENT_KEY = "avfulldit"  # DeepSpeed sets engine attributes from bare client_state keys
 
 

@@ -141,13 +141,12 @@ def _free_port(world: World) -> str:
         return str(probe.getsockname()[1])
 
 
-def start(timeout_minutes: float) -> tuple[World, torch.device]:
-    """Resolve the ranks, join the process group, choose this rank's device.
+def start(world: World, timeout_minutes: float) -> None:
+    """Join the process group and take this rank's device.
 
     Must run before any model is built: `deepspeed.zero.Init` outside a process group does not
     shard anything, without an error.
     """
-    world = resolve_world(os.environ)
     export_world(world, os.environ)
     cuda = torch.cuda.is_available()
     if cuda and world.local_world_size > torch.cuda.device_count():
@@ -155,16 +154,14 @@ def start(timeout_minutes: float) -> tuple[World, torch.device]:
             f"{world.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs: one "
             "rank per GPU; lower --ntasks-per-node or NPROC"
         )
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(world.local_rank)
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timedelta(minutes=timeout_minutes),
     )
-    return world, device
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,252 @@
+"""train.py as its users start it: equal losses on any engine and world size, resume, bad input.
+
+The shards are random latents in the real schema and the backbones are tiny and random, in the
+released layouts; everything else is the real thing, in real processes.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.launch import ROOT, records, run, torchrun
+from tests.prepared import write_shards
+from tests.tiny import write_tangoflux, write_wan
+
+STEPS, GLOBAL_BATCH = 10, 8
+TAGS = ("train/loss_video", "train/loss_audio")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with both backbones, shards, and a config that names them."""
+    root = tmp_path_factory.mktemp("train")
+    write_wan(root / "wan")
+    write_tangoflux(root / "tangoflux")
+    write_shards(root / "shards", train=20, validation=3)
+    (root / "run.yaml").write_text(f"""
+run_dir: {root}/runs/default
+wan: {root}/wan
+tangoflux: {root}/tangoflux
+model: {{num_joint_blocks: 2}}
+data: {{root: {root}/shards, num_workers: 0}}
+optimizer: {{lr: 1.0e-3}}
+warmup_steps: 3
+global_batch_size: {GLOBAL_BATCH}
+max_steps: {STEPS}
+validate_every: 5
+save_every: 1000
+deepspeed: {root}/zero0.json
+""")
+    for stage in range(4):
+        for micro in (2, 4):
+            name = f"zero{stage}.json" if micro == 4 else f"zero{stage}_micro2.json"
+            (root / name).write_text(json.dumps({
+                "train_micro_batch_size_per_gpu": micro,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            }))
+    return root
+
+
+def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
+    """Several runs of train.run, one after the other in the same processes."""
+    spec = [{"config": f"{world}/run.yaml",
+             "overrides": [f"run_dir={world}/runs/{name.split(':')[0]}", *overrides]}
+            for name, overrides in runs.items()]
+    path = world / f"spec{processes}.json"
+    path.write_text(json.dumps(spec))
+    torchrun(processes, "tests/train_worker.py", str(path))
+
+
+def use(world: Path, json_name: str, *more: str) -> list[str]:
+    return [f"deepspeed={world}/{json_name}", *more]
+
+
+@pytest.fixture(scope="module")
+def runs(world) -> Path:
+    """Every engine on two ranks, and one rank with accumulation, at equal global batch."""
+    start(world, 2, {
+        "zero0": use(world, "zero0.json"),
+        "zero1": use(world, "zero1.json"),
+        "zero2": use(world, "zero2.json"),
+        "zero3": use(world, "zero3.json"),
+        "recompute": use(world, "zero3_micro2.json", "recompute=full"),
+        "t2v": use(world, "zero2.json", "task=t2v"),
+        "resumed:first": use(world, "zero3.json", "max_steps=4"),
+        "resumed:second": use(world, "zero3.json"),
+    })
+    start(world, 1, {"alone": use(world, "zero2_micro2.json"),
+                     "alone3": use(world, "zero3.json")})
+    return world / "runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "recompute", "alone", "alone3"])
+def test_same_losses_on_every_engine_and_world_size(runs, name):
+    for tag in TAGS:
+        expected, got = records(runs / "zero0", tag), records(runs / name, tag)
+        assert sorted(got) == list(range(1, STEPS + 1))
+        assert got == pytest.approx(expected, rel=2e-5)
+    assert len(set(expected.values())) == STEPS  # it does train
+
+
+def drawn(run_dir: Path) -> list[dict[str, dict]]:
+    """Per step: sample id -> what was drawn for it, over all ranks."""
+    steps: list[dict[str, dict]] = [{} for _ in range(STEPS)]
+    files = sorted(run_dir.glob("drawn_rank*.jsonl"))
+    share = GLOBAL_BATCH // len(files)
+    for file in files:
+        for index, line in enumerate(file.read_text().splitlines()):
+            entry = json.loads(line)
+            steps[index // share][entry.pop("id")] = entry
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "recompute", "alone", "resumed"])
+def test_same_samples_t_and_noise_at_every_step(runs, name):
+    expected = drawn(runs / "zero0")
+    assert all(len(step) == GLOBAL_BATCH for step in expected)
+    assert drawn(runs / name) == expected
+
+
+@pytest.mark.slow
+def test_noise_differs_between_samples_and_epochs(runs):
+    entries = [entry for step in drawn(runs / "zero0") for entry in step.values()]
+    assert len({entry["noisy_video"] for entry in entries}) == len(entries)
+    assert len({entry["t"] for entry in entries}) == len(entries)
+    assert len({entry["epoch"] for entry in entries}) > 1
+
+
+@pytest.mark.slow
+def test_twin_meets_the_same_video_noise_t_and_captions(runs):
+    t2av, t2v = drawn(runs / "zero0"), drawn(runs / "t2v")
+    for left, right in zip(t2av, t2v, strict=True):
+        assert left.keys() == right.keys()
+        for key in ("t", "noisy_video", "video_text"):
+            assert [left[i][key] for i in left] == [right[i][key] for i in left]
+        assert all("noisy_audio" not in entry for entry in right.values())
+    assert "train/loss_audio" not in (runs / "t2v" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_resume_is_bit_exact_and_records_no_step_twice(runs):
+    for tag in TAGS:
+        assert records(runs / "resumed", tag) == records(runs / "zero3", tag)
+    steps = [json.loads(line)["step"]
+             for line in (runs / "resumed" / "metrics.jsonl").read_text().splitlines()
+             if "train/loss" in json.loads(line)]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_held_out_loss_is_the_same_on_any_world_size(runs):
+    for tag in ("validation/loss_video", "validation/loss_audio"):
+        expected = records(runs / "zero0", tag)
+        assert sorted(expected) == [0, 5, STEPS]
+        assert records(runs / "alone", tag) == pytest.approx(expected, rel=2e-5)
+        assert records(runs / "zero3", tag) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_run_directory(runs):
+    for name in ("run", "data", "model", "deepspeed"):
+        assert json.loads((runs / "zero3" / "config" / f"{name}.json").read_text())
+    assert list((runs / "zero3" / "tb").glob("events*"))
+    tags = [path.name for path in sorted((runs / "resumed" / "checkpoints").glob("step*"))]
+    assert tags == ["step00000004", "step00000010"]
+
+
+@pytest.mark.slow
+def test_alone_and_under_the_deepspeed_launcher(world):
+    """The bare command, and DeepSpeed's launcher, which adds --local_rank and no LOCAL_WORLD_SIZE."""
+    import sys
+
+    short = [f"{world}/run.yaml", "max_steps=1", f"deepspeed={world}/zero3_micro2.json"]
+    done = run([sys.executable, "train.py", *short, f"run_dir={world}/runs/bare"])
+    assert "(alone), ZeRO-3" in done.stdout and "attention sdpa" in done.stdout
+    done = run([str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "train.py",
+                *short, f"run_dir={world}/runs/launcher"], DS_ACCELERATOR="cpu")
+    assert "2 ranks (deepspeed launcher)" in done.stdout
+    expected = records(world / "runs" / "bare", "train/loss_video")
+    assert records(world / "runs" / "launcher", "train/loss_video") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        (["flow.shft=1"], "unknown key 'flow.shft'; did you mean 'shift'?"),
+        (["flow.shift=-1"], "flow.shift=-1"),
+        (["task=tv2a"], "task='tv2a'"),
+        (["global_batch_size=7"], "global_batch_size=7 is not divisible by micro batch 4"),
+        (["wan=/nowhere"], "wan=/nowhere"),
+        (["tangoflux=/nowhere"], "/nowhere"),
+        (["data.root=/nowhere"], "/nowhere"),
+        (["deepspeed=/nowhere.json"], "no such file"),
+        (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 2"),
+        (["max_steps"], "must be key=value"),
+    ],
+)
+def test_bad_input_is_one_line_and_78(world, capsys, overrides, message):
+    status = train.main([f"{world}/run.yaml", *overrides])
+    error = capsys.readouterr().err.strip()
+    assert status == 78
+    assert error.startswith("error: ") and "\n" not in error
+    assert message in error
+
+
+def test_no_arguments_prints_the_usage(capsys):
+    assert train.main([]) == 78
+    assert "python train.py configs/" in capsys.readouterr().out
+
+
+def test_shipped_configs_parse():
+    from training.config import load_config
+
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = load_config(train.RunConfig, path, [])
+        assert (ROOT / config.deepspeed).is_file(), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "t2v"])
+def test_sample_writes_a_clip_and_a_sheet(runs, tmp_path, name):
+    import sys
+
+    import av
+    from PIL import Image
+
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(
+        {"id": "a/b", "video_caption": "a red ball", "audio_caption": "a thud"}) + "\n")
+    done = run([sys.executable, "-m", "tools.sample", str(runs / name), "--prompts",
+                str(tmp_path / "prompts.jsonl"), "--num-steps", "2"])
+    path = runs / name / "samples" / f"step{STEPS:08d}" / "a_b.mp4"
+    assert str(path) in done.stdout
+    with av.open(str(path)) as clip:
+        streams = {stream.type: stream for stream in clip.streams}
+        assert streams["video"].codec_context.name == "h264"
+        assert ("audio" in streams) == (name == "zero3")
+        pictures = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
+    assert len(pictures) == 9 and pictures[0].shape == (64, 64, 3)
+    assert Image.open(path.with_suffix(".png")).width == 8 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere", "--video-prompt", "x"], "must be a run directory"),
+        (["{run}"], "give either --prompts FILE or --video-prompt TEXT"),
+        (["{run}", "--prompts", "/nowhere.jsonl"], "no such file"),
+        (["{run}", "--video-prompt", "x", "--step", "3"], "step=3 has no checkpoint"),
+    ],
+)
+@pytest.mark.slow
+def test_sample_refuses_bad_input(runs, capsys, monkeypatch, arguments, message):
+    from tools import sample
+
+    chosen = [argument.format(run=runs / "zero3") for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["sample", *chosen])
+    assert sample.main() == 78
+    assert message in capsys.readouterr().err

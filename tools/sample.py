@@ -1,0 +1,192 @@
+"""Draw clips from a run: `python -m tools.sample RUN --prompts prompts.jsonl`.
+
+One H.264 + AAC mp4 and one contact sheet per prompt, under RUN/samples/stepXXXXXXXX. A prompt is an
+object a line with `video_caption`, `audio_caption` and optionally `id`, so a clip manifest works as
+it is. Noise is keyed by (seed, prompt's place): a t2v run draws from the video noise of its twin.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.mux import write_clip
+from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
+from data.schema import Metadata
+from model import AVFullDiT, AVFullDiTConfig
+from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
+from model.flow import keyed_normal
+from model.pretrained import PretrainedError
+from model.sampling import Prompts, sample
+from tools.contact_sheet import write_contact_sheet
+from training.checkpoint import CheckpointError, read_weights, tag_of
+from training.config import ConfigError, parse_config
+
+
+class Prompt(NamedTuple):
+    """What to show and what to be heard."""
+
+    name: str
+    video_caption: str
+    audio_caption: str
+
+
+def read_prompts(path: Path, split: str | None, count: int | None) -> list[Prompt]:
+    """Prompts from JSON lines.
+
+    Raises:
+        ConfigError: naming the file, the line and the missing key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--prompts={path}: no such file; give JSON lines with video_caption "
+                          "and audio_caption")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{number}: not a JSON object: {error}") from error
+        if split and record.get("split", "train") != split:
+            continue
+        for key in ("video_caption", "audio_caption"):
+            if key not in record:
+                raise ConfigError(f"{path}:{number}: key '{key}' is missing; add it")
+        name = str(record.get("id", f"prompt{len(prompts):03d}")).replace("/", "_")
+        prompts.append(Prompt(name, record["video_caption"], record["audio_caption"]))
+    if not prompts:
+        chosen = f" of split '{split}'" if split else ""
+        raise ConfigError(f"--prompts={path}: no prompt{chosen}; add one line per prompt")
+    return prompts[:count]
+
+
+class Sampler:
+    """A trained model with the frozen encoders and decoders around it."""
+
+    def __init__(self, run_dir: Path, step: int | None, device: torch.device) -> None:
+        run = _read(run_dir / "config" / "run.json")
+        self.metadata = parse_config(Metadata, _read(run_dir / "config" / "data.json"))
+        self.config = AVFullDiTConfig.from_dict(_read(run_dir / "config" / "model.json"))
+        self.device, self.shift, self.task = device, run["flow"]["shift"], run["task"]
+        self.step, weights = read_weights(run_dir, step)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = AVFullDiT(self.config)
+        self.model.load_state_dict(weights)
+        self.model.to(device, dtype).eval()
+        self.video_vae = VideoVAE.from_folder(run["wan"], device)
+        self.audio_vae = AudioVAE.from_folder(run["tangoflux"], device)
+        self.video_text = VideoTextEncoder.from_folder(
+            run["wan"], device, max_length=self.metadata.video_text_length
+        )
+        self.audio_text = AudioTextEncoder.from_folder(run["tangoflux"], device)
+
+    def encode(self, video_caption: str, audio_caption: str) -> Prompts:
+        """Text states of one prompt as the model takes them, batch 1."""
+        rows = self.video_text.encode([video_caption])[0]  # (n, D)
+        video = rows.new_zeros(1, self.metadata.video_text_length, rows.shape[1])
+        video[0, : len(rows)] = rows
+        if self.task == "t2v":
+            return Prompts(video)
+        states, mask = self.audio_text.encode([audio_caption])
+        return Prompts(video, states, mask)
+
+    def draw(
+        self, prompt: Prompt, negative: Prompts, place: int, arguments: argparse.Namespace
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Frames (T, H, W, 3) uint8 and sound (N, 2) float, or None in a t2v run."""
+        data, key = self.metadata, (arguments.seed, 0, [f"sample {place}"])
+        audio_noise = duration = None
+        if self.task == "t2av":
+            audio_noise = keyed_normal("audio_noise", *key, data.audio_latent_shape, self.device)
+            duration = torch.tensor([data.duration], device=self.device)
+        with tqdm(total=arguments.num_steps, desc=prompt.name, leave=False,
+                  disable=not sys.stderr.isatty()) as bar:
+            video, audio = sample(
+                self.model,
+                self.encode(prompt.video_caption, prompt.audio_caption),
+                negative,
+                keyed_normal("video_noise", *key, data.video_latent_shape, self.device),
+                audio_noise,
+                duration,
+                num_steps=arguments.num_steps,
+                shift=self.shift,
+                guidance_video=arguments.guidance_video,
+                guidance_audio=arguments.guidance_audio,
+                on_step=lambda done, total: bar.update(),
+            )
+        picture = self.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
+        frames = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
+        if audio is None:
+            return frames.cpu().numpy(), None
+        wave = self.audio_vae.decode(audio)[0].float().clamp(-1, 1)  # (2, N)
+        samples = round(data.duration * data.sample_rate)  # sound ends with the picture
+        return frames.cpu().numpy(), wave.T[:samples].cpu().numpy()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; RUN must be a run directory of train.py")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.sample", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory of train.py")
+    parser.add_argument("--prompts", type=Path, help="JSON lines: video_caption, audio_caption")
+    parser.add_argument("--split", help="only prompts of this split of a manifest")
+    parser.add_argument("--count", type=int, help="only the first COUNT prompts")
+    parser.add_argument("--video-prompt", help="one prompt from the command line")
+    parser.add_argument("--audio-prompt", default="")
+    parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-steps", type=int, default=50)
+    parser.add_argument("--guidance-video", type=float, default=5.0)
+    parser.add_argument("--guidance-audio", type=float, default=4.5)
+    parser.add_argument("--negative-video", default=VIDEO_NEGATIVE, help="default: Wan's own")
+    parser.add_argument("--negative-audio", default=AUDIO_NEGATIVE)
+    parser.add_argument("--out", type=Path, help="default: RUN/samples/stepXXXXXXXX")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if (arguments.prompts is None) == (arguments.video_prompt is None):
+        raise ConfigError("give either --prompts FILE or --video-prompt TEXT")
+    prompts = (
+        read_prompts(arguments.prompts, arguments.split, arguments.count) if arguments.prompts
+        else [Prompt("prompt", arguments.video_prompt, arguments.audio_prompt)]
+    )
+    sampler = Sampler(
+        arguments.run, arguments.step, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    out = arguments.out or arguments.run / "samples" / tag_of(sampler.step)
+    out.mkdir(parents=True, exist_ok=True)
+    negative = sampler.encode(arguments.negative_video, arguments.negative_audio)
+    data = sampler.metadata
+    for place, prompt in enumerate(prompts):
+        frames, sound = sampler.draw(prompt, negative, place, arguments)
+        path = out / f"{prompt.name}.mp4"
+        write_clip(path, frames, data.fps, sound, data.sample_rate)
+        title = f"{prompt.video_caption}  |  {prompt.audio_caption}"
+        write_contact_sheet(
+            path.with_suffix(".png"), frames, data.fps, sound, data.sample_rate, title
+        )
+        print(f"{path}  (sheet {path.with_suffix('.png')})", flush=True)
+
+
+def main() -> int:
+    try:
+        run(parse_arguments(None))
+    except (ConfigError, CheckpointError, PretrainedError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
