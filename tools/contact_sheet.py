@@ -32,7 +32,7 @@ def spectrogram(audio: np.ndarray, width: int, height: int) -> np.ndarray:
     frames = np.stack([padded[c : c + window] for c in centres])  # (width, window, channels)
     spectrum = np.fft.rfft(frames * np.hanning(window)[None, :, None], axis=1)
     power = (np.abs(spectrum) ** 2).sum(axis=2).T[::-1]  # (bins, width), high frequency first
-    level = 10 * np.log10(np.maximum(power, 1e-12) / max(power.max(), 1e-6))
+    level = 10 * np.log10(np.maximum(power, 1e-20) / max(power.max(), 1e-6))
     bright = np.clip(1 - level / _FLOOR_DB, 0, 1) * (len(_COLOURS) - 1)
     index = np.minimum(bright.astype(int), len(_COLOURS) - 2)
     colour = _COLOURS[index] + (bright - index)[..., None] * np.diff(_COLOURS, axis=0)[index]
