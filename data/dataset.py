@@ -24,9 +24,8 @@ from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from streaming.base.shuffle import get_shuffle
 
-from data.schema import Batch, DataError, Metadata, collate, how_to_prepare, load_metadata
+from data.schema import HASH, Batch, DataError, Metadata, collate, how_to_prepare, load_metadata
 
-HASH = "xxh64"  # written with every shard, checked when a process first touches it
 SHUFFLE_BLOCK = 1 << 18  # samples; shards are mixed within a block of this size
 
 

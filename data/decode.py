@@ -86,8 +86,8 @@ def read_cut(path: str | Path, spec: CutSpec, t0: float | None = None) -> Cut:
     try:
         frames, (height, width) = _read_frames(path, found, begin, spec)
         audio = _read_audio(path, found, begin, spec)
-    except av.FFmpegError as error:
-        raise Rejected("undecodable", f"decoder: {error.strerror}") from error
+    except (av.FFmpegError, ValueError) as error:  # PyAV refuses odd formats with a ValueError
+        raise Rejected("undecodable", f"decoder: {error}") from error
     mean_dbfs = mean_volume(audio)
     if mean_dbfs < spec.silence_dbfs:
         raise Rejected("silent", f"{mean_dbfs:.1f} dBFS over the cut at {begin:.3f} s")

@@ -22,6 +22,7 @@ REASONS = (  # the order in which they are tried; the first that applies is repo
     "low_fps",
     "portrait",
     "silent",
+    "not_finite",  # an encoder's latents
 )
 
 
@@ -81,8 +82,6 @@ def probe(path: str | Path) -> Probe:
     """Choose the streams and read all packet times; Rejected when there is nothing to decode."""
     with open_media(path) as container:
         video, audio = choose_video(container), choose_audio(container)
-        if video is None:
-            raise Rejected("no_video", "no video stream")
         pictures, sounds = _read_packets(container, video, audio)
         if not pictures:
             raise Rejected("undecodable", "the video stream holds no picture with a time stamp")
@@ -108,7 +107,12 @@ def probe(path: str | Path) -> Probe:
 def choose_video(container: Any) -> Any:
     """The default, then the largest picture (ffmpeg's own choice); cover art is no video."""
     streams = [s for s in container.streams.video if not s.disposition & _ATTACHED]
-    return max(streams, key=_video_rank, default=None)
+    if not streams:
+        raise Rejected("no_video", "no video stream")
+    known = [s for s in streams if s.codec_context is not None]
+    if not known:
+        raise Rejected("undecodable", "no decoder for the video stream")
+    return max(known, key=_video_rank)
 
 
 def choose_audio(container: Any) -> Any:

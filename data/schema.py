@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 FORMAT = 1  # raise it when a column changes its meaning
+HASH = "xxh64"  # of every shard, in its index; checked when a process first touches it
 METADATA_FILE, TEXT_FILE, REJECTS_FILE = "dataset.json", "text.safetensors", "rejects.jsonl"
 
 

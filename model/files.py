@@ -1,7 +1,7 @@
 """Finding, reading and checking released weight files: local folders or hub ids, safetensors only.
 
 Every error is one line that names what was looked for and the hub id to download. Used by
-`model.encoders`; no tensor here knows which model it belongs to.
+`model.encoders` and `model.pretrained`; nothing here knows which model a tensor belongs to.
 """
 
 import hashlib

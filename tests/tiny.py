@@ -16,7 +16,6 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from safetensors.torch import save_file
-from streaming import MDSWriter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -26,8 +25,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from data.schema import Metadata, columns, pack, save_metadata
 
 CAPTIONS = [
     "a red ball of rubber falls on the floor and bounces twice",
@@ -171,58 +168,3 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def write_dataset(
-    root: Path, samples: int = 20, held_out: int = 4, shard_bytes: int = 12000
-) -> Path:
-    """A prepared data set of random latents that fits the tiny towers: several small shards.
-
-    The first video latent of sample i of a split is i, so a test can tell samples apart.
-    """
-    metadata = Metadata(
-        fps=24.0,
-        frames=9,
-        height=32,
-        width=32,
-        sample_rate=SAMPLE_RATE,
-        audio_hop=HOP,
-        video_temporal_stride=4,
-        video_spatial_stride=16,
-        latents_mean=VIDEO_VAE["latents_mean"],
-        latents_std=VIDEO_VAE["latents_std"],
-        video_latent_shape=[48, 3, 2, 2],
-        audio_latent_shape=[12, 6],
-        video_text_length=16,
-        video_text_width=WIDTH,
-        audio_text_length=64,
-        audio_text_width=WIDTH,
-        counts={"train": samples, "validation": held_out},
-    )
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    for split, count in metadata.counts.items():
-        settings = {"compression": "zstd", "hashes": ["xxh64"], "size_limit": shard_bytes}
-        with MDSWriter(out=str(root / split), columns=columns(metadata), **settings) as writer:
-            for index in range(count):
-                video = normal(48, 3, 2, 2)
-                video[0, 0, 0, 0] = index
-                audio = normal(12, 6), normal(12, 6).abs() + 0.1
-                text = normal(64, WIDTH), torch.arange(64) < 5 + index % 7
-                record = {"id": f"{split}-{index:03d}", "index": index}
-                writer.write(pack(record, video, audio, normal(1 + index % 9, WIDTH), text))
-    save_metadata(root, metadata)
-    mask = torch.arange(64) < 1
-    states = {
-        "video_empty": normal(1, WIDTH),
-        "video_negative": normal(6, WIDTH),
-        "audio_empty": normal(64, WIDTH),
-        "audio_negative": normal(64, WIDTH),
-    }
-    states = {name: value.bfloat16() for name, value in states.items()}
-    masks = {"audio_empty_mask": mask, "audio_negative_mask": mask.clone()}
-    save_file(states | masks, root / "text.safetensors")
-    return root
