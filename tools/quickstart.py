@@ -5,6 +5,7 @@ held-out loss of both modalities fell and the sampled clip has a picture and sou
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def main() -> int:
     began = time.perf_counter()
     if ROOT.exists():
         shutil.rmtree(ROOT)
+    # Tiny tensors gain nothing from threads, and threads that wait for a busy core cost much.
+    os.environ["OMP_NUM_THREADS"] = "1"
     clips, shards, run_dir = ROOT / "clips", ROOT / "shards", ROOT / "run"
     python = [sys.executable, "-m"]
     try:
