@@ -24,6 +24,7 @@ import torch
 from data.dataset import DataConfig, HeldOut, build_loader
 from data.schema import Batch, DataError, Metadata, load_metadata, load_text_states
 from model import AVFullDiT, AVFullDiTConfig
+from model.attention import Attention
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from model.pretrained import (
@@ -84,6 +85,7 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
             f"wan={config.wan} takes {video.in_channels}: encode with the VAE of the same folder"
         )
     try:
+        Attention(config.attention)
         return AVFullDiTConfig(
             task=config.task,
             video=video,
@@ -94,7 +96,7 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
             sample_rate=metadata.sample_rate,
             audio_hop=metadata.audio_hop,
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -296,7 +298,7 @@ def announce(
                 for name, p in model.named_parameters() if name in new)
     writer.say(
         f"{config.task}: {total:,} parameters, {added:,} of them new; attention "
-        f"{model.attend.kernel}; recompute {config.recompute}\n"
+        f"{model.attention_kernel}; recompute {config.recompute}\n"
         f"{world.world_size} ranks ({world.source}), ZeRO-{ds.zero_stage(ds_config)}, global batch "
         f"{config.global_batch_size} = micro {ds_config['train_micro_batch_size_per_gpu']} x "
         f"accumulation {ds_config['gradient_accumulation_steps']} x ranks {world.world_size}\n"

@@ -160,7 +160,7 @@ def test_run_directory(runs):
 
 @pytest.mark.slow
 def test_alone_and_under_the_deepspeed_launcher(world):
-    """The bare command, and DeepSpeed's launcher, which adds --local_rank and no LOCAL_WORLD_SIZE."""
+    """The bare command, and DeepSpeed's launcher, which sets no LOCAL_WORLD_SIZE."""
     import sys
 
     short = [f"{world}/run.yaml", "max_steps=1", f"deepspeed={world}/zero3_micro2.json"]
@@ -186,6 +186,8 @@ def test_alone_and_under_the_deepspeed_launcher(world):
         (["data.root=/nowhere"], "/nowhere"),
         (["deepspeed=/nowhere.json"], "no such file"),
         (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 2"),
+        (["attention=flash"], "attention='flash' is unknown"),
+        (["recompute=some"], "recompute='some'"),
         (["max_steps"], "must be key=value"),
     ],
 )
