@@ -32,14 +32,20 @@ def write_media(
     audio_start: float = 0.0,
     layout: str = "stereo",
     options: dict[str, str] | None = None,
+    pixel_aspect: Fraction | None = None,
 ) -> Path:
-    """frames (T, H, W, 3) shown at `times` (seconds), audio (N, channels) from `audio_start`."""
+    """frames (T, H, W, 3) shown at `times` (seconds), audio (N, channels) from `audio_start`.
+
+    `pixel_aspect` is the width of a pixel over its height, where it is not square.
+    """
     with av.open(str(path), "w", format="matroska", options=options or {}) as container:
         mean_rate = Fraction((len(times) - 1) / (times[-1] - times[0])).limit_denominator(1001)
         video = container.add_stream("ffv1", rate=mean_rate)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "bgr0"
         video.codec_context.time_base = MILLISECONDS
+        if pixel_aspect is not None:
+            video.codec_context.sample_aspect_ratio = pixel_aspect
         sound = None
         if audio is not None:
             sound = container.add_stream("pcm_s16le", rate=rate, layout=layout)
