@@ -65,6 +65,7 @@ def main() -> int:
         shutil.rmtree(ROOT)
     # Tiny tensors gain nothing from threads, and threads that wait for a busy core cost much.
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     clips, shards, run_dir = ROOT / "clips", ROOT / "shards", ROOT / "run"
     python = [sys.executable, "-m"]
     try:
