@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from model.audio_dit import AudioDiTConfig
 from model.avfulldit import AVFullDiT, AVFullDiTConfig
 from model.config import strict_config
-from model.files import read_json, tangoflux_file, wan_subfolder
+from model.files import open_weights, read_json, tangoflux_file, wan_subfolder
 from model.video_dit import VideoDiTConfig
 
 # Keys of Wan's config.json whose value the video tower is written for.
@@ -181,7 +180,7 @@ def _iter_checked(
         _require_equal(wanted, headers, wan, tangoflux)
         for tower, paths in files.items():
             for path in paths:
-                with safe_open(path, framework="pt") as file:
+                with open_weights(path) as file:
                     for name in file.keys():
                         if (tower, name) in ours:
                             yield ours[tower, name], file.get_tensor(name)
@@ -201,11 +200,11 @@ def _require_equal(
         if wanted.get((tower, name)) != found.get((tower, name))
     ]
     if faults:
-        more = f"\n  ... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise PretrainedError(
             f"{len(faults)} tensors of wan={wan}, tangoflux={tangoflux} do not fit the model; "
-            "config and weights must come from the same release:\n  "
-            + "\n  ".join(faults[:SHOWN]) + more
+            "config and weights must come from the same release: "
+            + "; ".join(faults[:SHOWN]) + more
         )
 
 
@@ -215,7 +214,10 @@ def _wan_files(wan: str | Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if indices:
-        names = set(read_json(indices[0])["weight_map"].values())
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise PretrainedError(f"{indices[0]} has no 'weight_map'; download it again")
+        names = set(weight_map.values())
         files = [folder / name for name in sorted(names)]
         absent = [path.name for path in files if not path.is_file()]
         if absent:
@@ -229,12 +231,9 @@ def _wan_files(wan: str | Path) -> list[Path]:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
-                    if not name.startswith(TANGOFLUX_OTHER_TENSORS)}
-    except SafetensorError as error:
-        raise PretrainedError(f"{path} is not a readable safetensors file: {error}") from error
+    with open_weights(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
+                if not name.startswith(TANGOFLUX_OTHER_TENSORS)}
 
 
 def _released_state(
