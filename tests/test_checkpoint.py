@@ -18,6 +18,7 @@ def test_faults_on_two_ranks(tmp_path):
         "flipped bit refused",
         "truncated checkpoint passed over",
         "no complete checkpoint: refused",
+        "killed in the first save: a fresh start",
     ):
         assert name in done.stdout
 
