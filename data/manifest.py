@@ -73,11 +73,13 @@ def _parse(line: str, default_split: str) -> dict[str, Any]:
         raise ValueError(f"t0={t0!r}: must be a number of seconds")
     if t0 is not None and not abs(t0) < LONGEST:  # JSON parses NaN, Infinity and any integer
         raise ValueError(f"t0={t0!s:.40}: must be a finite number of seconds")
-    _check_text(record)
+    if "\0" in record["path"]:
+        raise ValueError("key 'path' holds a zero byte: no file name can")
+    check_text(record)
     return record
 
 
-def _check_text(record: dict[str, Any]) -> None:
+def check_text(record: dict[str, Any]) -> None:
     """ValueError naming a key whose text no tokenizer, file name or UTF-8 file can hold."""
     for key, value in record.items():
         try:
@@ -87,8 +89,6 @@ def _check_text(record: dict[str, Any]) -> None:
                 f"key {ascii(key)[1:-1]!r} holds a lone surrogate (half of a character, such as "
                 f"\\ud83d): write the whole character or drop it"
             ) from error
-    if "\0" in record["path"]:
-        raise ValueError("key 'path' holds a zero byte: no file name can")
 
 
 def _id_in(line: str, number: int) -> str:

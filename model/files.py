@@ -6,6 +6,7 @@ Every error is one line that names what was looked for and the hub id to downloa
 
 import hashlib
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,22 +23,33 @@ FLAN_T5_HUB_ID = "google/flan-t5-large"
 
 TOKENIZER_FILES = ["tokenizer*", "spiece.model", "special_tokens_map.json", "added_tokens.json"]
 
+# What torch, diffusers and transformers raise on files that are damaged or of another model.
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, EOFError,
+    pickle.UnpicklingError,
+)
+LONGEST = 500  # characters of a library's message; torch lists every tensor
+
 
 @contextmanager
-def one_line_errors(kind: type[Exception], what: str) -> Iterator[None]:
+def one_line_errors(
+    kind: type[Exception], what: str, fix: str = "check or download it again"
+) -> Iterator[None]:
     """Whatever the libraries raise on damaged or foreign files in `what`, as one line of `kind`.
 
-    FileNotFoundError and ValueError are this module's own, mostly, and keep their text.
+    Plain FileNotFoundError, ValueError and ImportError are our own and keep their text.
     """
     try:
         yield
     except kind:
         raise
-    except (FileNotFoundError, ValueError) as error:
-        raise kind(" ".join(str(error).split())) from error
-    except (OSError, TypeError, KeyError, RuntimeError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise kind(f"{what}: cannot be loaded ({text}); check or download it again") from error
+    except LOADING_ERRORS as error:
+        text = " ".join(str(error).split())  # libraries like to write over many lines
+        if type(error) in (FileNotFoundError, ValueError, ImportError):
+            raise kind(text) from error
+        text = f"{type(error).__name__}: {text}"
+        text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
+        raise kind(f"{what}: cannot be loaded ({text}); {fix}") from error
 
 
 def resolve_folder(source: str | Path, key: str, hub_id: str, patterns: list[str]) -> Path:
