@@ -132,7 +132,8 @@ class ExpandedLinear(nn.Linear):
 
     def __init__(self, dim: int, new_dim: int, new_std: float) -> None:
         super().__init__(dim, dim)
-        self.new_weight = nn.Parameter(torch.empty(new_dim, dim).normal_(0.0, new_std))
+        # Drawn in float32 also under a bf16 `zero.Init`, so that every engine starts alike.
+        self.new_weight = nn.Parameter(torch.randn(new_dim, dim) * new_std)
         self.new_bias = nn.Parameter(torch.zeros(new_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -230,9 +230,10 @@ def read_weights(run_dir: str | Path, step: int | None = None) -> tuple[int, dic
     tag = tags[step]
     names = [str(tag / name) for name in read_manifest(tag)["files"]]
     storage = AtomicStorage()
-    if any("/bf16_zero_pp_rank_" in name for name in names):
-        return step, _read_bf16_optimizer(tag, names, storage)
-    if any("optim_states" in name for name in names):
+    optimizer_files = sorted(name for name in names if "optim_states" in name)
+    if optimizer_files:
+        if "zero_stage" not in storage.load(optimizer_files[0], "cpu")["optimizer_state_dict"]:
+            return step, _read_bf16_optimizer(tag, optimizer_files, storage)
         return step, get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
     states = storage.load(str(tag / "mp_rank_00_model_states.pt"), "cpu")
     return step, {name: value.float() for name, value in states["module"].items()}
@@ -244,15 +245,14 @@ def _read_bf16_optimizer(tag: Path, names: list[str], storage: AtomicStorage) ->
     Each rank holds a flat slice of each parameter group and says which part is whose.
     """
     parts: dict[str, list[torch.Tensor]] = {}
-    ranks = [name for name in names if "bf16_zero_pp_rank_" in name]
-    for name in sorted(ranks, key=lambda path: int(path.split("pp_rank_")[1].split("_")[0])):
+    for name in sorted(names, key=lambda path: int(path.split("pp_rank_")[1].split("_")[0])):
         state = storage.load(name, "cpu")["optimizer_state_dict"]
         for flat, owners in zip(
             state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True
         ):
             for parameter, place in owners.items():
                 piece = flat.narrow(0, place.start, place.numel)
-                parts.setdefault(parameter, []).append(piece)
+                parts.setdefault(parameter, []).append(piece.detach())
     shapes = storage.load(str(tag / "mp_rank_00_model_states.pt"), "cpu")["param_shapes"]
     return {
         name: torch.cat(parts[name]).view(shape)
