@@ -6,6 +6,7 @@
     python -m tools.backbones text          --minutes 8
     python -m tools.backbones video_latents --cache .cache/world
     python -m tools.backbones audio_latents --cache .cache/world
+    python -m tools.backbones video_decoder --cache .cache/world --minutes 8
     python -m tools.backbones video_tower   --cache .cache/world --minutes 25
     python -m tools.backbones audio_tower   --cache .cache/world --minutes 25
     python -m tools.backbones measure
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 COMMANDS = ("clips", "video_vae", "audio_vae", "text", "video_latents", "audio_latents",
-            "video_tower", "audio_tower", "measure")
+            "video_decoder", "video_tower", "audio_tower", "measure")
 
 
 def _parse() -> argparse.Namespace:
@@ -34,7 +35,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=25.0, help="training time")
     parser.add_argument("--processes", type=int, default=2, help="for drawing clips")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--resume", action="store_true", help="from saved weights (video_vae)")
+    parser.add_argument("--resume", action="store_true", help="go on from saved weights")
     return parser.parse_args()
 
 
@@ -49,6 +50,10 @@ def main() -> None:
         from tools.backbones import video_vae
 
         video_vae.train(args.cache, args.minutes, args.resume)
+    elif args.command == "video_decoder":
+        from tools.backbones import video_vae
+
+        video_vae.train_decoder(args.cache, args.minutes)
     elif args.command == "audio_vae":
         from tools.backbones import audio_vae
 
@@ -64,7 +69,7 @@ def main() -> None:
     else:
         from tools.backbones import towers
 
-        towers.run(args.command, args.cache, args.minutes, args.processes)
+        towers.run(args.command, args.cache, args.minutes, args.processes, args.resume)
 
 
 if __name__ == "__main__":

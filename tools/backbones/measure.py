@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from data.playground import Facts, describe, make_clip
 from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
-from model.pretrained import load_pretrained
 from tools.backbones import common, metrics, text
 from tools.backbones.audio_vae import window_of
 from tools.backbones.clips import FIRST_FRAME, HELD_OUT_SEED, WINDOW_FRAMES, small_clip
@@ -113,14 +111,10 @@ def text_quality(train: int = PROBE_TRAIN, test: int = PROBE_TEST) -> dict:
 
 
 def load_towers() -> tuple[VideoTower, AudioTower]:
-    """Both towers from the shipped files, through the loader of train.py where it can load one."""
-    video = VideoTower().eval()
-    load_pretrained(video.model, common.WAN, None)
-    audio = AudioTower().eval()
-    with safe_open(common.TANGOFLUX / "tangoflux.safetensors", framework="pt") as file:
-        names = audio.model.state_dict()
-        state = {name: file.get_tensor(audio.released(name)).float() for name in names}
-    audio.model.load_state_dict(state)
+    """Both towers from the shipped files."""
+    video, audio = VideoTower().eval(), AudioTower().eval()
+    video.load()
+    audio.load()
     return video, audio
 
 

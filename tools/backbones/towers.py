@@ -10,13 +10,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from model import AudioDiTConfig, AVFullDiT, AVFullDiTConfig, VideoDiTConfig
 from model.attention import Attention
 from model.audio_dit import AudioDiT
 from model.flow import FlowConfig, add_noise, flow_loss, sample_t, velocity_target
-from model.pretrained import TANGOFLUX_NAMES, WAN_FIXED, released_name
+from model.pretrained import TANGOFLUX_NAMES, WAN_FIXED, load_pretrained, released_name
 from tools.backbones import common
 from tools.backbones.clips import WINDOW_FRAMES
 from tools.backbones.latents import Latents, build, encode_captions, open_latents
@@ -75,6 +76,9 @@ class VideoTower(nn.Module):
     def draw_noise(self, batch: Latents) -> torch.Tensor:
         return torch.randn_like(batch.video)
 
+    def load(self) -> None:
+        load_pretrained(self.model, common.WAN, None)
+
     def save(self) -> None:
         state = self.model.state_dict()
         names = {name: released_name(name, self.model.config) for name in state}
@@ -115,6 +119,12 @@ class AudioTower(nn.Module):
     def draw_noise(self, batch: Latents) -> torch.Tensor:
         return torch.randn(2, *batch.audio_mean.shape)
 
+    def load(self) -> None:
+        with safe_open(common.TANGOFLUX / "tangoflux.safetensors", framework="pt") as file:
+            names = self.model.state_dict()
+            state = {name: file.get_tensor(self.released(name)).float() for name in names}
+        self.model.load_state_dict(state)
+
     @staticmethod
     def released(name: str) -> str:
         """Our parameter name -> its name in tangoflux.safetensors."""
@@ -154,6 +164,7 @@ def train(
     name: str, tower: VideoTower | AudioTower, cache: Path, minutes: float, seed: int = 0
 ) -> None:
     """Train one tower for `minutes`, saving its weight average every few."""
+    torch.manual_seed(seed)
     latents = open_latents(cache, "video" if isinstance(tower, VideoTower) else "audio")
     texts = encode_captions([""], [""])
     empty = _take(latents, torch.tensor([0]))._replace(
@@ -181,11 +192,14 @@ def train(
     common.note(f"{name}_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
 
 
-def run(command: str, cache: Path, minutes: float, processes: int) -> None:
+def run(command: str, cache: Path, minutes: float, processes: int, resume: bool) -> None:
     """The commands video_latents, audio_latents, video_tower and audio_tower."""
-    torch.manual_seed(0)
     kind, verb = command.split("_")
     if verb == "latents":
         build(cache, kind, processes)
     else:
-        train(command, VideoTower() if kind == "video" else AudioTower(), cache, minutes)
+        torch.manual_seed(0)
+        tower = VideoTower() if kind == "video" else AudioTower()
+        if resume:
+            tower.load()
+        train(command, tower, cache, minutes, seed=int(resume))

@@ -26,6 +26,8 @@ CONFIG = {
 }
 PEAK_RATE = 1.5e-3
 KL_WEIGHT = 1e-4
+DECODER_RATE = 1.2e-3
+LATENT_NOISE = 0.05  # so that the decoder forgives what a generator gets slightly wrong
 LONG_FROM = 0.3  # of the time: then whole clips
 MOTION_WEIGHT = 4.0  # balls cover about 2 % of the picture and are what the world is about
 
@@ -117,3 +119,55 @@ def train(cache: Path, minutes: float, resume: bool = False, seed: int = 0) -> N
             save(vae, frames)
     save(vae, frames)
     common.note("video_vae_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
+
+
+def _ball_loss(output: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    """As in `_loss`, with colour counted apart: a pale ball on a pale wall differs by hue alone."""
+    error = output - video
+    hue = error - error.mean(dim=1, keepdim=True)  # (B,3,T,H,W)
+    backdrop = video.median(dim=2, keepdim=True).values
+    moving = ((video - backdrop).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    size = error.abs() + 4 * error.square() + 2 * hue.abs() + 4 * hue.square()
+    return ((1 + 2 * MOTION_WEIGHT * moving) * size).mean()
+
+
+def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
+    """Go on with the decoder alone, from cached latents: the latents stay what they are.
+
+    Towers that were trained on them stay valid. Needs `video_latents`.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    frames, _ = open_cache(cache)
+    vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(common.WAN / "vae"))
+    vae.load_state_dict(dict(iter_tensors(weight_files(common.WAN / "vae"))))
+    stored = torch.load(cache / "video.pt", weights_only=True)  # (N,C,13,4,6) normalised
+    scales = (vae.config.latents_mean, vae.config.latents_std)
+    mean, std = (torch.tensor(scale).view(-1, 1, 1, 1) for scale in scales)
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    vae = whole_sequence(vae).float().requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=DECODER_RATE, betas=(0.9, 0.99))
+    budget, average = common.Budget(minutes, save_minutes=3), 0.0
+    while budget.running():
+        common.set_learning_rate(optimizer, budget, DECODER_RATE)
+        size, latent_frames = (3, 5) if rng.uniform() < 0.5 else (1, 13)
+        chosen = rng.integers(0, len(stored), size)
+        length = 4 * (latent_frames - 1) + 1
+        video = to_tensor(np.stack([frames[c, FIRST_FRAME:FIRST_FRAME + length] for c in chosen]))
+        latents = stored[torch.from_numpy(chosen)][:, :, :latent_frames]
+        latents = (latents + LATENT_NOISE * torch.randn_like(latents)) * std + mean
+        with torch.autocast("cpu", torch.bfloat16):
+            output = decode(vae, latents)
+        loss = _ball_loss(output.float(), video)
+        common.update(vae, optimizer, loss)
+        error = float((output.detach().float() - video).square().mean())
+        average += (error - average) * max(0.02, 1 / budget.step)
+        if budget.step % 50 == 0:
+            print(f"video_decoder step {budget.step} {budget.minutes_used:.1f} min psnr "
+                  f"{10 * np.log10(4 / average):.2f} dB", flush=True)
+        if budget.save_due():
+            common.save_tensors(vae.state_dict(), common.WAN / "vae", "diffusion_pytorch_model")
+    common.save_tensors(vae.state_dict(), common.WAN / "vae", "diffusion_pytorch_model")
+    common.note("video_decoder_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
