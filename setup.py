@@ -18,7 +18,6 @@ setup(
         "diffusers>=0.39",
         "mosaicml-streaming==0.13.0",
         "numpy",
-        "einops",
         "tensorboard",
         "pyyaml",
         "pydantic>=2",

@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from model.audio_dit import AudioDiTConfig
-from model.avfulldit import AVFullDiT, AVFullDiTConfig
+from model.audio_blocks import AudioDiTConfig
+from model.avfulldit import AVFullDiT
 from model.config import strict_config
 from model.files import read_json, tangoflux_file, wan_subfolder
+from model.joint_config import AVFullDiTConfig
+from model.names import is_new, released_name
 from model.video_dit import VideoDiTConfig
 
 # Keys of Wan's config.json whose value the video tower is written for.
@@ -34,11 +36,6 @@ WAN_FIXED: dict[str, Any] = {
 TANGOFLUX_OTHER = ("uncondition", "text_encoder_name", "vae")
 # TangoFlux ships its frozen text encoder in the same file; model.encoders reads it.
 TANGOFLUX_OTHER_TENSORS = "text_encoder."
-TANGOFLUX_NAMES = {  # ours -> released, spelled as released
-    "duration_embedder.frequencies.": "duration_emebdder.time_positional_embedding.0.",
-    "duration_embedder.projection.": "duration_emebdder.time_positional_embedding.1.",
-    "fc.": "fc.",
-}
 SHOWN = 10  # offenders listed in one error
 
 
@@ -70,28 +67,7 @@ def read_tower_configs(
 
 def new_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters no backbone has: W_an of Eq. 6 and 9, and their biases."""
-    return {name for name, _ in model.named_parameters() if _is_new(name)}
-
-
-def released_name(name: str, config: AVFullDiTConfig) -> tuple[str, str] | None:
-    """Our parameter name -> ("wan" | "tangoflux", released name); None for a new parameter."""
-    if _is_new(name):
-        return None
-    tower, rest = name.split(".", 1)
-    if tower == "joint_blocks":
-        index, tower, rest = rest.split(".", 2)
-        if tower == "video":
-            rest = f"blocks.{config.num_video_blocks + int(index)}.{rest}"
-        else:
-            assert config.audio is not None
-            first = config.audio.num_single_layers - config.num_joint_blocks
-            rest = f"single_transformer_blocks.{first + int(index)}.{rest}"
-    if tower == "video":
-        return "wan", rest.replace("modulation.scale_shift_table", "scale_shift_table")
-    for ours, released in TANGOFLUX_NAMES.items():
-        if rest.startswith(ours):
-            return "tangoflux", released + rest.removeprefix(ours)
-    return "tangoflux", "transformer." + rest
+    return {name for name, _ in model.named_parameters() if is_new(name)}
 
 
 def iter_pretrained(
@@ -168,7 +144,7 @@ def _iter_checked(
     tangoflux: str | Path | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Compare the files' headers with ``expected`` (our name -> shape), then read."""
-    ours = {released_name(name, config): name for name in expected if not _is_new(name)}
+    ours = {released_name(name, config): name for name in expected if not is_new(name)}
     with _clear_errors():
         files = {"wan": _wan_files(wan)}
         if config.task == "t2av":
@@ -255,10 +231,6 @@ def _released_state(
 def _meta_model(config: AVFullDiTConfig) -> AVFullDiT:
     with torch.device("meta"):
         return AVFullDiT(config)
-
-
-def _is_new(name: str) -> bool:
-    return name.rsplit(".", 1)[-1].startswith("new_")
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:
