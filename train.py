@@ -23,7 +23,7 @@ import torch
 
 from data.dataset import DataConfig, HeldOut, build_loader
 from data.schema import Batch, DataError, Metadata, load_metadata, load_text_states
-from model import AVFullDiT, AVFullDiTConfig
+from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.attention import Attention
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
@@ -41,13 +41,6 @@ from training.metrics import Clock, MetricWriter, format_seconds, peak_memory_gi
 
 
 @dataclass(frozen=True)
-class ModelSection:
-    """What the two backbones do not say themselves."""
-
-    num_joint_blocks: int = 18  # Nav: exactly TangoFlux's single-stream blocks
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One experiment; every key of the YAML. The engine's knobs are in the `deepspeed` JSON."""
 
@@ -57,7 +50,7 @@ class RunConfig:
     data: DataConfig
     task: Literal["t2av", "t2v"] = "t2av"
     seed: int = 0
-    model: ModelSection = field(default_factory=ModelSection)
+    model: JointConfig = field(default_factory=JointConfig)  # the ablations
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: ds.OptimizerConfig = field(default_factory=ds.OptimizerConfig)
     warmup_steps: int = 100  # linear, then constant
@@ -90,7 +83,7 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
             task=config.task,
             video=video,
             audio=audio if config.task == "t2av" else None,
-            num_joint_blocks=config.model.num_joint_blocks,
+            **dataclasses.asdict(config.model),
             fps=metadata.fps,
             video_temporal_stride=metadata.video_temporal_stride,
             sample_rate=metadata.sample_rate,
@@ -132,7 +125,8 @@ def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
 
 
 def train_step(
-    engine: Any, batch: Batch, epoch: int, objective: Objective, empty: dict[str, torch.Tensor]
+    engine: Any, batch: Batch, epoch: int, objective: Objective, empty: dict[str, torch.Tensor],
+    cross_modal_bias: float = 0.0,
 ) -> torch.Tensor:
     """One optimiser update from this rank's share of the global batch.
 
@@ -145,7 +139,7 @@ def train_step(
     for begin in range(0, len(batch.sample_ids), micro):
         part = slice(begin, begin + micro)
         noised = objective.noise(batch.part(part), t[part], epoch, engine.device)
-        video, audio = objective.losses(engine, noised)
+        video, audio = objective.losses(engine, noised, cross_modal_bias)
         # Equal micro-batches: the mean of their means is the mean over the global batch.
         engine.backward(objective.total(video.mean(), audio.mean()))
         engine.step()
@@ -261,7 +255,8 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
             break
         ds.set_learning_rate(engine, rates, warmup(step, config))
         epoch, batch = next(loader)
-        sums += train_step(engine, batch, epoch, objective, empty)
+        bias = config.model.cross_modal_bias(step)
+        sums += train_step(engine, batch, epoch, objective, empty, bias)
         step, counted = step + 1, counted + 1
         if step % config.log_every == 0 or step == config.max_steps:
             losses = (sum_over_ranks(sums) / (counted * world.world_size)).tolist()

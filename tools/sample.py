@@ -8,6 +8,7 @@ it is. Noise is keyed by (seed, prompt's place): a t2v run draws from the video 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from data.schema import Metadata
 from model import AVFullDiT, AVFullDiTConfig
 from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
-from model.flow import keyed_normal
+from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.pretrained import PretrainedError
 from model.sampling import Prompts, sample
 from tools.contact_sheet import write_contact_sheet
@@ -74,6 +75,9 @@ class Sampler:
         self.metadata = parse_config(Metadata, _read(run_dir / "config" / "data.json"))
         self.config = AVFullDiTConfig.from_dict(_read(run_dir / "config" / "model.json"))
         self.device, self.shift, self.task = device, run["flow"]["shift"], run["task"]
+        flow = parse_config(FlowConfig, run["flow"])
+        shifted = flow.audio_t == "shifted"  # then audio's t is a function of the video's
+        self.audio_t = partial(shifted_audio_t, flow) if shifted else None
         self.step, weights = read_weights(run_dir, step)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = AVFullDiT(self.config)
@@ -118,6 +122,7 @@ class Sampler:
                 shift=self.shift,
                 guidance_video=arguments.guidance_video,
                 guidance_audio=arguments.guidance_audio,
+                audio_t=self.audio_t,
                 on_step=lambda done, total: bar.update(),
             )
         picture = self.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
