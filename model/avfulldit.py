@@ -5,7 +5,8 @@ attention over video and audio tokens (model.joint). ``task: t2v`` builds the vi
 Called by train.py and sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from model.audio_dit import AudioDiT
 from model.joint import Coupling, JointBlock
 from model.joint_config import AVFullDiTConfig
 from model.rope import fusion_ropes, joint_audio_rope
+from model.saving import read_config, read_state, write_folder
 from model.video_dit import VideoContext, VideoDiT
 
 RECOMPUTE = ("none", "full")
@@ -108,6 +110,39 @@ class AVFullDiT(nn.Module):
             self.video.velocity(video, video_context),
             self.audio.velocity(audio, audio_context),
         )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        state: Mapping[str, torch.Tensor] | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Write config.json and (sharded) safetensors, each tensor in its own dtype.
+
+        ``state`` replaces the model's own state dict: a gathered one under ZeRO-3, or an average.
+        """
+        write_folder(folder, self.config, self.state_dict() if state is None else state,
+                     max_shard_bytes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        recompute: str = "none",
+        attention: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "AVFullDiT":
+        """The model that `save_pretrained` wrote, bit for bit; ``dtype`` None keeps what was saved.
+
+        Never holds a second copy: the parameters become the tensors that were read. Raises
+        model.saving.SavedModelError unless folder, names and shapes are whole.
+        """
+        with torch.device("meta"):
+            model = cls(read_config(folder), recompute, attention)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        model.load_state_dict(read_state(folder, shapes, device), assign=True)
+        return model if dtype is None else model.to(dtype)
 
     def _embed_audio(
         self,

@@ -6,7 +6,7 @@ recognised by a name part that starts with `new_`. Called by model.pretrained an
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from model.joint_config import AVFullDiTConfig
 
@@ -36,6 +36,7 @@ WAN_ORIGINAL = [
     (r"(blocks\.\d+\.)self_attn\.o\.", r"\1attn1.to_out.0."),
     (r"(blocks\.\d+\.)cross_attn\.o\.", r"\1attn2.to_out.0."),
 ]
+SHOWN = 10  # offenders listed in one error
 
 
 def is_new(name: str) -> bool:
@@ -74,6 +75,23 @@ def diffusers_name(original: str) -> str:
         if count:
             return name
     return original
+
+
+def differences(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """One line for each tensor that is missing, extra or of another shape, with both shapes."""
+    return [
+        f"{name}: model {wanted.get(name, 'has none')}, file {found.get(name, 'has none')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+
+
+def first_ten(faults: list[str]) -> str:
+    """The first lines, indented, and how many more there are."""
+    more = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return "\n".join(f"  {line}" for line in (*faults[:SHOWN], *more))
 
 
 def _joint_block(tower: str, index: int, config: AVFullDiTConfig) -> str:
