@@ -29,10 +29,12 @@ from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from model.pretrained import (
     PretrainedError,
+    check_weights,
     load_pretrained,
     new_parameter_names,
     read_tower_configs,
 )
+from model.selfcheck import check_stitch, describe
 from training import engine as ds
 from training.checkpoint import CheckpointError, lock_run, resume, save_checkpoint, write_json
 from training.config import ConfigError, load_config
@@ -60,6 +62,8 @@ class RunConfig:
     deepspeed: str = "ds_configs/zero2.json"
     recompute: Literal["none", "full"] = "none"
     attention: str = "auto"
+    self_check: bool = True  # at the first start: the stitched model contains both backbones
+    check: Literal["none", "weights"] = "none"  # weights: report on the downloads and stop
     log_every: int = 1
     validate_every: int = 500
     validation_samples: int | None = None  # None: the whole held-out split
@@ -234,6 +238,9 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
     if world.is_main:
         record_run(run_dir, config, plan, writer)
         announce(config, world, model, first, plan.deepspeed, writer)
+    if fresh and config.self_check:
+        found = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
+        writer.say(f"stitch self-check: deviation from the backbones {describe(found)}")
 
     step, clock, began = first, Clock(), Clock()
     sums, counted = torch.zeros(2, dtype=torch.float64, device=engine.device), 0
@@ -301,6 +308,17 @@ def announce(
     )
 
 
+def report_weights(config: RunConfig) -> int:
+    """`check=weights`: headers of the downloads against the model; 78 if they do not fit."""
+    video, audio = read_tower_configs(config.wan, config.tangoflux)
+    structure = AVFullDiTConfig(
+        task=config.task, video=video, audio=audio, **dataclasses.asdict(config.model)
+    )
+    fits, report = check_weights(structure, config.wan, config.tangoflux)
+    print(report)
+    return 0 if fits else 78
+
+
 def main(arguments: list[str]) -> int:
     """Exit status 0 when trained to the end, 78 for a configuration that cannot run."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
@@ -310,6 +328,8 @@ def main(arguments: list[str]) -> int:
     try:
         world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
+        if config.check == "weights":
+            return report_weights(config)
         plan = build_plan(config, world)
         start(world, config.timeout_minutes)
         run(config, plan, world)
