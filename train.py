@@ -71,16 +71,29 @@ class RunConfig:
     keep_checkpoints: int = 2
     timeout_minutes: float = 30.0  # of a collective
 
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.keep_checkpoints < 2:  # the newest may be the one that is being written
+            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
+
 
 def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig:
     """Tower shapes from the backbones' own files, rates from the shards, the rest from the YAML."""
     video, audio = read_tower_configs(config.wan, config.tangoflux)
-    channels = len(metadata.latents_mean)
-    if channels != video.in_channels:
-        raise ConfigError(
-            f"data.root={config.data.root} holds latents of {channels} channels but "
-            f"wan={config.wan} takes {video.in_channels}: encode with the VAE of the same folder"
-        )
+    for what, stored, taken in (
+        ("video latents", metadata.video_latent_shape[0], video.in_channels),
+        ("video text states", metadata.video_text_width, video.text_dim),
+        ("audio latents", metadata.audio_latent_shape[1], audio.in_channels),
+        ("audio text states", metadata.audio_text_width, audio.joint_attention_dim),
+    ):
+        if stored != taken:
+            raise ConfigError(
+                f"data.root={config.data.root} holds {what} of width {stored}, but the backbones "
+                f"(wan={config.wan}, tangoflux={config.tangoflux}) take {taken}: prepare the data "
+                "with the encoders of the same folders"
+            )
     try:
         Attention(config.attention)
         return AVFullDiTConfig(

@@ -9,9 +9,7 @@ one process. A damaged or missing shard stops the run on every rank, it never sh
 """
 
 import functools
-import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 from streaming.base.shuffle import get_shuffle
 
-from data.schema import HASH, Batch, DataError, Metadata, collate, how_to_prepare, load_metadata
+from data.schema import HASH, Batch, DataError, Metadata, check_split, collate, load_metadata
 
 SHUFFLE_BLOCK = 1 << 18  # samples; shards are mixed within a block of this size
 
@@ -156,50 +154,32 @@ class ShardDataset(StreamingDataset):
             )
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As the parent; a failure never leaves the shard marked as being prepared."""
+        """As the parent; a failure is a DataError and leaves no rank waiting for the shard."""
+        files = [
+            self.folder / info.basename for info in self.shards[shard_id].file_pairs[0] if info
+        ]
         try:
+            if not any(path.is_file() for path in files):
+                raise FileNotFoundError("its file is missing")
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            # Others wait for that mark: let them try themselves, and fail too.
+        except Exception as error:
+            # The parent would leave it marked as being prepared, which others wait for: let them
+            # try themselves, and fail too.
             self._shard_states[shard_id] = _ShardState.LOCAL
-            raise
+            raise DataError(
+                f"{files[-1]}: this shard cannot be read ({error}); copy the data set again"
+            ) from error
 
     def on_exception(self, future: Future) -> None:
         """Keep a background thread's failure for the thread that yields samples."""
-        self.failure = future.exception()
-        if self.failure is not None:
+        if future.exception() is not None:
+            self.failure = future.exception()
             self._event.set()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         yield from super()._each_sample_id(it)
         if self._event.is_set():  # the parent would end the epoch here as if all was well
-            raise DataError(
-                f"{self.folder}: a shard cannot be read: {self.failure}"
-            ) from self.failure
-
-
-def check_split(root: str | Path, split: str) -> None:
-    """DataError unless the split's index is there and every shard it names has its size."""
-    folder = Path(root) / split
-    index = folder / "index.json"
-    if not index.is_file():
-        raise DataError(f"data.root={root}: no split '{split}' ({index}); {how_to_prepare(root)}")
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{index}: damaged ({error!r}); copy the data set again") from error
-    for shard in shards:
-        files = [info for info in (shard["raw_data"], shard.get("zip_data")) if info]
-        sizes = {info["basename"]: info["bytes"] for info in files}
-        found = {n: os.path.getsize(folder / n) for n in sizes if (folder / n).is_file()}
-        if not found:
-            raise DataError(f"{folder / list(sizes)[-1]}: shard missing; copy the data set again")
-        for name, size in found.items():
-            if size != sizes[name]:
-                raise DataError(
-                    f"{folder / name}: {size} bytes, index.json says {sizes[name]}; "
-                    f"copy the data set again"
-                )
+            raise DataError(str(self.failure)) from self.failure
 
 
 def build_loader(
@@ -260,16 +240,23 @@ def _batches(
         multiprocessing_context=context,
     )
     epoch, seen = place
-    while True:
-        for batch in loader:
-            yield epoch, batch
-            seen += 1
-        if seen != dataset.steps_per_epoch:
-            raise DataError(
-                f"{dataset.folder}: epoch {epoch} ended after {seen} of "
-                f"{dataset.steps_per_epoch} batches; a shard cannot be read"
-            )
-        epoch, seen = epoch + 1, 0
+    try:
+        while True:
+            for batch in loader:
+                yield epoch, batch
+                seen += 1
+            if seen != dataset.steps_per_epoch:
+                raise DataError(
+                    f"{dataset.folder}: epoch {epoch} ended after {seen} of "
+                    f"{dataset.steps_per_epoch} batches; a shard cannot be read"
+                )
+            epoch, seen = epoch + 1, 0
+    finally:
+        # Left to the garbage collector, each worker would be waited for in vain for 5 s.
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+        if hasattr(dataset, "_iterator"):
+            dataset._iterator.non_blocking_exit()  # the threads of this process
 
 
 class HeldOut:

@@ -135,10 +135,10 @@ def _read_frames(
     previous, until, size = None, -math.inf, (0, 0)
     for time, frame in _frames_from(path, found, found.video_index, t0):
         if previous is None:
-            size = _check_landscape(frame)
+            size = _check_landscape(frame, found.pixel_aspect)
         due = int(np.searchsorted(wanted, time - TOLERANCE))  # pictures due before this one
         if previous is not None and due > len(images):
-            images.extend([_resize(previous, spec)] * (due - len(images)))
+            images.extend([_resize(previous, found.pixel_aspect, spec)] * (due - len(images)))
         if due == spec.frames:
             break
         previous = frame
@@ -148,13 +148,13 @@ def _read_frames(
     if missing and (previous is None or wanted[-1] > until + 1 / spec.fps + TOLERANCE):
         raise Rejected("undecodable", f"only {len(images)} of {spec.frames} pictures decode")
     if missing:
-        images.extend([_resize(previous, spec)] * missing)
+        images.extend([_resize(previous, found.pixel_aspect, spec)] * missing)
     return np.stack(images), size
 
 
-def _check_landscape(frame: Any) -> tuple[int, int]:
+def _check_landscape(frame: Any, pixel_aspect: float) -> tuple[int, int]:
     """(height, width) as shown; Rejected("portrait") if it is higher than wide."""
-    height, width = display_size(frame)
+    height, width = display_size(frame, pixel_aspect)
     if height > width:
         raise Rejected("portrait", f"{width}x{height} (width x height) as shown")
     return height, width
@@ -262,17 +262,16 @@ def _decode(container: Any, stream: Any, t0: float) -> Iterator[Any]:
         yield from (frame for frame in frames if frame.pts is not None)
 
 
-def display_size(frame: Any) -> tuple[int, int]:
+def display_size(frame: Any, pixel_aspect: float) -> tuple[int, int]:
     """(height, width) as shown: pixel aspect and rotation applied."""
-    aspect = getattr(frame, "sample_aspect_ratio", None) or 1
-    height, width = frame.height, max(1, round(frame.width * aspect))
+    height, width = frame.height, max(1, round(frame.width * pixel_aspect))
     return (width, height) if round(frame.rotation / 90) % 2 else (height, width)
 
 
-def _resize(frame: Any, spec: CutSpec) -> np.ndarray:
+def _resize(frame: Any, pixel_aspect: float, spec: CutSpec) -> np.ndarray:
     """(H, W, 3) uint8: scaled (antialiased) to cover, rotated upright, centre-cropped."""
     height, width = spec.height, spec.width
-    shown_height, shown_width = display_size(frame)
+    shown_height, shown_width = display_size(frame, pixel_aspect)
     scale = max(height / shown_height, width / shown_width)
     size = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
     turns = round(frame.rotation / 90) % 4

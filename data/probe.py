@@ -45,6 +45,7 @@ class Probe:
     video_index: int
     audio_index: int
     origin: float  # container time, in seconds, that counts as 0
+    pixel_aspect: float  # width of a pixel over its height
     times: np.ndarray  # (frames,) presentation times, sorted
     end: float  # when the last picture has been shown
     sound_start: float
@@ -97,6 +98,7 @@ def probe(path: str | Path) -> Probe:
             video_index=video.index,
             audio_index=audio.index,
             origin=origin,
+            pixel_aspect=float(video.sample_aspect_ratio or 1),  # 0: the file does not say
             times=times,
             end=max(begin + (length or mean_frame) for begin, length in pictures) - origin,
             sound_start=min(begin for begin, _ in sounds) - origin,

@@ -7,6 +7,7 @@ umT5 rows cut to their true length, Flan-T5 always 64 rows (backbones.md 7).
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,6 +177,30 @@ def load_text_states(root: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
+
+
+def check_split(root: str | Path, split: str) -> None:
+    """DataError unless the split's index is there and every shard it names has its size."""
+    folder = Path(root) / split
+    index = folder / "index.json"
+    if not index.is_file():
+        raise DataError(f"data.root={root}: no split '{split}' ({index}); {how_to_prepare(root)}")
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{index}: damaged ({error!r}); copy the data set again") from error
+    for shard in shards:
+        files = [info for info in (shard["raw_data"], shard.get("zip_data")) if info]
+        sizes = {info["basename"]: info["bytes"] for info in files}
+        found = {n: os.path.getsize(folder / n) for n in sizes if (folder / n).is_file()}
+        if not found:
+            raise DataError(f"{folder / list(sizes)[-1]}: shard missing; copy the data set again")
+        for name, size in found.items():
+            if size != sizes[name]:
+                raise DataError(
+                    f"{folder / name}: {size} bytes, index.json says {sizes[name]}; "
+                    f"copy the data set again"
+                )
 
 
 def how_to_prepare(root: str | Path) -> str:

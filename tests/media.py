@@ -32,19 +32,27 @@ def write_media(
     audio_start: float = 0.0,
     layout: str = "stereo",
     options: dict[str, str] | None = None,
+    pixel_aspect: Fraction | None = None,
 ) -> Path:
-    """frames (T, H, W, 3) shown at `times` (seconds), audio (N, channels) from `audio_start`."""
+    """frames (T, H, W, 3) shown at `times` (seconds), audio (N, channels) from `audio_start`.
+
+    `pixel_aspect` is the width of a pixel over its height, where it is not square; it is written
+    into H.264's own header, because PyAV's Matroska does not carry it.
+    """
     with av.open(str(path), "w", format="matroska", options=options or {}) as container:
         mean_rate = Fraction((len(times) - 1) / (times[-1] - times[0])).limit_denominator(1001)
-        video = container.add_stream("ffv1", rate=mean_rate)
+        pixels = "bgr0" if pixel_aspect is None else "yuv420p"
+        video = container.add_stream("libx264" if pixel_aspect else "ffv1", rate=mean_rate)
         video.height, video.width = frames.shape[1:3]
-        video.pix_fmt = "bgr0"
+        video.pix_fmt = pixels
         video.codec_context.time_base = MILLISECONDS
+        if pixel_aspect is not None:
+            video.codec_context.sample_aspect_ratio = pixel_aspect
         sound = None
         if audio is not None:
             sound = container.add_stream("pcm_s16le", rate=rate, layout=layout)
         for image, time in zip(frames, times, strict=True):
-            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="bgr0")
+            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format=pixels)
             frame.pts, frame.time_base = round(time * 1000), MILLISECONDS
             container.mux(video.encode(frame))
         container.mux(video.encode(None))

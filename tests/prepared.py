@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from streaming import MDSWriter
 
-from data.dataset import HASH
-from data.schema import TEXT_FILE, Metadata, columns, pack, save_metadata
+from data.schema import HASH, TEXT_FILE, Metadata, columns, pack, save_metadata
 from tests.tiny import HOP, SAMPLE_RATE, VIDEO_VAE, WIDTH
 
 FRAMES, FPS, SIZE = 9, 24.0, 64

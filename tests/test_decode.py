@@ -1,6 +1,7 @@
 """What is decoded from real and made-up files: which pictures, which samples, which reason."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,16 @@ def test_rotation_is_applied(tmp_path):
     cut = read_cut(path, CutSpec(frames=9, height=64, width=96, sample_rate=16000, hop=512))
     assert cut.facts.source_width == 96
     assert cut.frames[4, :, :32, 0].mean() > 200 > 50 > cut.frames[4, :, 64:, 0].mean()
+
+
+def test_pixels_that_are_not_square_are_shown_as_wide_as_they_are(tmp_path):
+    """Coded 48x64 (upright) with pixels twice as wide as high is shown 96x64 (landscape)."""
+    path = write_media(
+        tmp_path / "wide.mkv", numbered(60, height=64, width=48), np.arange(60) / 24, noise(2.5),
+        pixel_aspect=Fraction(2, 1),
+    )
+    cut = read_cut(path, SMALL)
+    assert (cut.facts.source_height, cut.facts.source_width) == (64, 96)
 
 
 def test_scaling_covers_and_crops_the_centre(tmp_path):

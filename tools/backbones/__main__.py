@@ -1,0 +1,71 @@
+"""Train and measure the tiny backbones of the built-in world, in the released layouts.
+
+    python -m tools.backbones clips         --cache .cache/world --count 1536
+    python -m tools.backbones video_vae     --cache .cache/world --minutes 40
+    python -m tools.backbones audio_vae     --cache .cache/world --minutes 40
+    python -m tools.backbones text          --minutes 8
+    python -m tools.backbones video_latents --cache .cache/world
+    python -m tools.backbones audio_latents --cache .cache/world
+    python -m tools.backbones video_tower   --cache .cache/world --minutes 25
+    python -m tools.backbones audio_tower   --cache .cache/world --minutes 25
+    python -m tools.backbones measure
+
+in this order rebuild weights/playground/{wan,tangoflux}. Each step runs on one CPU core, and each
+measured number comes from clips of another seed than the training clips.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+COMMANDS = ("clips", "video_vae", "audio_vae", "text", "video_latents", "audio_latents",
+            "video_tower", "audio_tower", "measure")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.backbones", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/world"), help="arrays folder")
+    parser.add_argument("--count", type=int, default=1536, help="training clips (clips)")
+    parser.add_argument("--minutes", type=float, default=25.0, help="training time")
+    parser.add_argument("--processes", type=int, default=2, help="for drawing clips")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--resume", action="store_true", help="from saved weights (video_vae)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse()
+    torch.set_num_threads(args.threads)
+    if args.command == "clips":
+        from tools.backbones.clips import TRAIN_SEED, build_cache
+
+        build_cache(args.cache, TRAIN_SEED, args.count, args.processes)
+    elif args.command == "video_vae":
+        from tools.backbones import video_vae
+
+        video_vae.train(args.cache, args.minutes, args.resume)
+    elif args.command == "audio_vae":
+        from tools.backbones import audio_vae
+
+        audio_vae.train(args.cache, args.minutes)
+    elif args.command == "text":
+        from tools.backbones import text
+
+        text.train(args.minutes)
+    elif args.command == "measure":
+        from tools.backbones import measure
+
+        measure.main()
+    else:
+        from tools.backbones import towers
+
+        towers.run(args.command, args.cache, args.minutes, args.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Pretrain the tiny text-to-video and text-to-audio towers, each alone, as the real ones were.
+
+Flow matching with each backbone's own t: Wan's uniform t with shift 5, TangoFlux's logit-normal t
+without a shift and with its own (not AVSync) time index. The towers meet for the first time where
+a real pair does: when train.py stitches them.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model import AudioDiTConfig, AVFullDiT, AVFullDiTConfig, VideoDiTConfig
+from model.attention import Attention
+from model.audio_dit import AudioDiT
+from model.flow import FlowConfig, add_noise, flow_loss, sample_t, velocity_target
+from model.pretrained import TANGOFLUX_NAMES, WAN_FIXED, released_name
+from tools.backbones import common
+from tools.backbones.clips import WINDOW_FRAMES
+from tools.backbones.latents import Latents, build, encode_captions, open_latents
+from tools.backbones.text import update_tangoflux
+
+VIDEO = VideoDiTConfig(
+    num_attention_heads=6, attention_head_dim=32, in_channels=48, out_channels=48, text_dim=96,
+    ffn_dim=512, num_layers=6,
+)
+AUDIO = AudioDiTConfig(
+    in_channels=16, num_layers=1, num_single_layers=4, attention_head_dim=32,
+    num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64,
+    axes_dims_rope=(4, 14, 14), max_duration=4.0, audio_seq_len=96,
+)
+VIDEO_FLOW = FlowConfig("uniform", shift=5.0)
+AUDIO_FLOW = FlowConfig("logit_normal", shift=1.0)
+BATCH = 16
+PEAK_RATE = 1e-3
+AVERAGE_DECAY = 0.998
+SECONDS = WINDOW_FRAMES / 24
+NATIVE_TAU = 1.0  # TangoFlux's own index; AVSyncRoPE only enters with the joint model
+
+
+def _save_pipeline_files() -> None:
+    """model_index.json and the scheduler's config, as the released Wan folder has them."""
+    parts = {
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    index = {"_class_name": "WanPipeline", "expand_timesteps": True} | parts
+    common.save_json(index, common.WAN / "model_index.json")
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler", "flow_shift": VIDEO_FLOW.shift,
+        "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    }
+    common.save_json(scheduler, common.WAN / "scheduler" / "scheduler_config.json")
+
+
+class VideoTower(nn.Module):
+    """Our video tower alone, with the loss it is trained by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = AVFullDiT(AVFullDiTConfig(task="t2v", video=VIDEO, audio=None))
+
+    def loss(self, batch: Latents, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Flow loss (B,) at t from uniform u (B,), noise (B,C,F,h,w)."""
+        t = sample_t(VIDEO_FLOW, u)
+        velocity, _ = self.model(add_noise(batch.video, noise, t), t, batch.video_text)
+        return flow_loss(velocity, velocity_target(batch.video, noise))
+
+    def draw_noise(self, batch: Latents) -> torch.Tensor:
+        return torch.randn_like(batch.video)
+
+    def save(self) -> None:
+        state = self.model.state_dict()
+        names = {name: released_name(name, self.model.config) for name in state}
+        tensors = {value[1]: state[name] for name, value in names.items() if value is not None}
+        folder = common.WAN / "transformer"
+        common.save_tensors(tensors, folder, "diffusion_pytorch_model")
+        config = {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(VIDEO)} | WAN_FIXED
+        common.save_json(config, folder / "config.json")
+        _save_pipeline_files()
+
+
+class AudioTower(nn.Module):
+    """Our audio tower alone: all single blocks unimodal, native positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = AudioDiT(AUDIO, AUDIO.num_single_layers, Attention("auto"))
+
+    def velocity(self, noisy: torch.Tensor, t: torch.Tensor, batch: Latents) -> torch.Tensor:
+        duration = torch.full_like(t, SECONDS)
+        audio, text, context = self.model.embed(
+            noisy, t, batch.audio_text, batch.audio_text_mask, duration, NATIVE_TAU
+        )
+        for block in self.model.transformer_blocks:
+            audio, text = block(audio, text, context)
+        stream = torch.cat((audio, text), dim=1)
+        for block in self.model.single_transformer_blocks:
+            stream = block(stream, context)
+        return self.model.velocity(stream[:, :audio.shape[1]], context)
+
+    def loss(self, batch: Latents, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Flow loss (B,) at t from uniform u (B,); noise (2,B,L,C): of the flow, of the VAE."""
+        t = sample_t(AUDIO_FLOW, u)
+        latents = batch.audio_mean + batch.audio_std * noise[1]
+        velocity = self.velocity(add_noise(latents, noise[0], t), t, batch)
+        return flow_loss(velocity, velocity_target(latents, noise[0]))
+
+    def draw_noise(self, batch: Latents) -> torch.Tensor:
+        return torch.randn(2, *batch.audio_mean.shape)
+
+    @staticmethod
+    def released(name: str) -> str:
+        """Our parameter name -> its name in tangoflux.safetensors."""
+        for ours, theirs in TANGOFLUX_NAMES.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return "transformer." + name
+
+    def save(self) -> None:
+        state = self.model.state_dict()
+        update_tangoflux({self.released(name): tensor for name, tensor in state.items()})
+        path = common.TANGOFLUX / "config.json"
+        common.save_json(common.load_json(path) | dataclasses.asdict(AUDIO), path)
+
+
+def _drop_captions(batch: Latents, empty: Latents, share: float) -> Latents:
+    """Replace both captions of a `share` of the clips by the encoded ""."""
+    drop = torch.rand(len(batch.video)) < share
+    return batch._replace(
+        video_text=torch.where(drop[:, None, None], empty.video_text, batch.video_text),
+        audio_text=torch.where(drop[:, None, None], empty.audio_text, batch.audio_text),
+        audio_text_mask=torch.where(drop[:, None], empty.audio_text_mask, batch.audio_text_mask),
+    )
+
+
+def _take(latents: Latents, rows: torch.Tensor) -> Latents:
+    return Latents(*(tensor[rows] for tensor in latents))
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights: what is shipped."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def train(
+    name: str, tower: VideoTower | AudioTower, cache: Path, minutes: float, seed: int = 0
+) -> None:
+    """Train one tower for `minutes`, saving its weight average every few."""
+    latents = open_latents(cache, "video" if isinstance(tower, VideoTower) else "audio")
+    texts = encode_captions([""], [""])
+    empty = _take(latents, torch.tensor([0]))._replace(
+        video_text=texts.video, audio_text=texts.audio, audio_text_mask=texts.audio_mask
+    )
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99))
+    average = copy.deepcopy(tower).requires_grad_(False)
+    budget, smooth = common.Budget(minutes), 0.0
+    while budget.running():
+        common.set_learning_rate(optimizer, budget, PEAK_RATE)
+        batch = _take(latents, torch.randint(len(latents.video), (BATCH,)))
+        batch = _drop_captions(batch, empty, VIDEO_FLOW.caption_dropout)
+        u = (torch.randperm(BATCH) + torch.rand(BATCH)) / BATCH  # stratified: less noise in t
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tower.loss(batch, u.clamp(1e-4, 1 - 1e-4), tower.draw_noise(batch)).mean()
+        common.update(tower, optimizer, loss)
+        _follow(average, tower, min(AVERAGE_DECAY, budget.step / (budget.step + 10)))
+        smooth += (loss.item() - smooth) * max(0.01, 1 / budget.step)
+        if budget.step % 100 == 0:
+            print(f"{name} step {budget.step} {budget.minutes_used:.1f} min loss {smooth:.4f}",
+                  flush=True)
+        if budget.save_due():
+            average.save()
+    average.save()
+    common.note(f"{name}_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
+
+
+def run(command: str, cache: Path, minutes: float, processes: int) -> None:
+    """The commands video_latents, audio_latents, video_tower and audio_tower."""
+    torch.manual_seed(0)
+    kind, verb = command.split("_")
+    if verb == "latents":
+        build(cache, kind, processes)
+    else:
+        train(command, VideoTower() if kind == "video" else AudioTower(), cache, minutes)
