@@ -321,17 +321,6 @@ def announce(
     )
 
 
-def report_weights(config: RunConfig) -> int:
-    """`check=weights`: headers of the downloads against the model; 78 if they do not fit."""
-    video, audio = read_tower_configs(config.wan, config.tangoflux)
-    structure = AVFullDiTConfig(
-        task=config.task, video=video, audio=audio, **dataclasses.asdict(config.model)
-    )
-    fits, report = check_weights(structure, config.wan, config.tangoflux)
-    print(report)
-    return 0 if fits else 78
-
-
 def main(arguments: list[str]) -> int:
     """Exit status 0 when trained to the end, 78 for a configuration that cannot run."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
@@ -342,7 +331,9 @@ def main(arguments: list[str]) -> int:
         world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
         if config.check == "weights":
-            return report_weights(config)
+            fits, report = check_weights(config.task, config.model, config.wan, config.tangoflux)
+            print(report)
+            return 0 if fits else 78
         plan = build_plan(config, world)
         start(world, config.timeout_minutes)
         run(config, plan, world)

@@ -21,7 +21,7 @@ from model.audio_blocks import AudioDiTConfig
 from model.avfulldit import AVFullDiT
 from model.config import strict_config
 from model.files import tangoflux_file
-from model.joint_config import AVFullDiTConfig
+from model.joint_config import AVFullDiTConfig, JointConfig
 from model.names import is_new, released_name
 from model.released import (
     TANGOFLUX_OTHER_TENSORS,
@@ -76,12 +76,15 @@ def open_released(
 
 
 def check_weights(
-    config: AVFullDiTConfig, wan: str | Path, tangoflux: str | Path | None
+    task: str, joint: JointConfig, wan: str | Path, tangoflux: str | Path
 ) -> tuple[bool, str]:
     """Whether the headers fit the model, and a report to read or to paste into an issue.
 
     Reads no tensor: seconds, no GPU. Raises PretrainedError when a file cannot be read at all.
     """
+    video, audio = read_tower_configs(wan, tangoflux)
+    with _clear_errors():
+        config = AVFullDiTConfig(task=task, video=video, audio=audio, **dataclasses.asdict(joint))
     expected = {name: tuple(p.shape) for name, p in _meta_model(config).named_parameters()}
     with _clear_errors():
         released = open_released(config, wan, tangoflux)

@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 import train
-from model import AVFullDiT, AVFullDiTConfig
+from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.names import diffusers_name
 from model.pretrained import (
     PretrainedError,
@@ -145,14 +145,14 @@ def test_a_tensor_under_both_names_is_refused(authors, tangoflux):
 
 
 def test_check_weights_reports_layout_and_every_difference(authors, tangoflux):
-    config = config_of(authors, tangoflux)
-    fits, report = check_weights(config, authors, tangoflux)
+    joint = JointConfig(num_joint_blocks=2)
+    fits, report = check_weights("t2av", joint, authors, tangoflux)
     assert fits and "2 shards in" in report and "names of the authors" in report
     assert "279,296 parameters" in report and "every name and shape fits the model" in report
     path = authors / "diffusion_pytorch_model-00001-of-00002.safetensors"
     tensors = {name: tensor[:1] for name, tensor in load_file(path).items()}
     save_file(tensors | {"surprise": torch.zeros(2)}, path)
-    fits, report = check_weights(config, authors, tangoflux)
+    fits, report = check_weights("t2av", joint, authors, tangoflux)
     assert not fits and "wan: surprise: model has none, file (2,)" in report
     assert len(report.splitlines()) > 20  # all of them, not ten
 

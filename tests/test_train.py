@@ -185,7 +185,7 @@ def test_alone_and_under_the_deepspeed_launcher(world):
         (["tangoflux=/nowhere"], "/nowhere"),
         (["data.root=/nowhere"], "/nowhere"),
         (["deepspeed=/nowhere.json"], "no such file"),
-        (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 2"),
+        (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 3"),
         (["log_every=0"], "log_every=0 must be at least 1"),
         (["keep_checkpoints=1"], "keep_checkpoints=1 must be at least 2"),
         (["wan=weights/playground/wan"], "holds video text states of width 32"),
