@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention
+from model.attention import ANYWHERE, Attention
 from model.audio_blocks import AudioContext
 from model.audio_dit import AudioDiT
 from model.joint import Coupling, JointBlock
@@ -57,9 +57,12 @@ class AVFullDiT(nn.Module):
 
     @property
     def attention_kernel(self) -> str:
-        """Name of the kernel in use, chosen by the weights' dtype and device if not yet run."""
+        """The kernel in use, in words, chosen by the weights' dtype and device if not yet run."""
         weight = self.video.proj_out.weight
-        return self.attend.resolve(weight.device, weight.dtype)
+        kernel = self.attend.resolve(weight.device, weight.dtype)
+        if self.config.init == "I2" and kernel not in ANYWHERE:  # only these take a bias
+            return f"{kernel} (sdpa in joint blocks until step {self.config.bias_steps})"
+        return kernel
 
     def forward(
         self,

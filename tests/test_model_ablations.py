@@ -1,7 +1,9 @@
 """Every ablation as config: all combinations build and learn, senseless ones are refused."""
 
+import re
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +145,15 @@ def test_parameter_counts_of_every_variant(change, new):
     added = sum(p.numel() for name, p in model.named_parameters() if name in names)
     total = sum(p.numel() for p in model.parameters())
     assert (added, total - added) == (new, 4_999_787_712 + 516_695_616 + 1_313_920)
+
+
+def test_the_page_states_these_counts():
+    page = (Path(__file__).parents[1] / "model" / "README.md").read_text(encoding="utf-8")
+    for change in ({"num_joint_blocks": 12}, {}, {"num_joint_blocks": 24}, {"fusion": "cross"},
+                   {"fusion": "cross", "num_joint_blocks": 24}):
+        with torch.device("meta"):
+            model = AVFullDiT(AVFullDiTConfig(**change))
+        names = new_parameter_names(model)
+        added = sum(p.numel() for name, p in model.named_parameters() if name in names)
+        total = sum(p.numel() for p in model.parameters())
+        assert re.search(rf"\|\W*{added:,}\W*\|\W*{total:,}\W*\|", page), change
