@@ -28,7 +28,9 @@ PACKAGES = {
         "flash_attn_interface", "",
         "build it from the folder hopper/ of github.com/Dao-AILab/flash-attention",
     ),
-    "flash_attn_4": ("flash_attn", "cute", "run `pip install flash-attn-4` (extra [flash4] of setup.py)"),
+    "flash_attn_4": (
+        "flash_attn", "cute", "run `pip install flash-attn-4` (extra [flash4] of setup.py)"
+    ),
 }
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
