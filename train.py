@@ -11,7 +11,6 @@ rank or world size, and a t2v run meets the video noise of its t2av twin.
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from data.dataset import DataConfig, HeldOut, build_loader
-from data.schema import Batch, DataError, Metadata, load_metadata, load_text_states
+from data.schema import Batch, DataError, Metadata, check_root, load_text_states
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.attention import Attention
 from model.flow import FlowConfig
@@ -36,10 +35,11 @@ from model.pretrained import (
 )
 from model.selfcheck import check_stitch, describe
 from training import engine as ds
-from training.checkpoint import CheckpointError, lock_run, resume, save_checkpoint, write_json
+from training.checkpoint import check_same_model, find_checkpoint, load_checkpoint, save_checkpoint
 from training.config import ConfigError, load_config
 from training.distributed import World, WorldError, resolve_world, shutdown, start, sum_over_ranks
 from training.metrics import Clock, MetricWriter, format_seconds, peak_memory_gib
+from training.run_dir import CheckpointError, lock_run
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,13 @@ class RunConfig:
     timeout_minutes: float = 30.0  # of a collective
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every"):
-            if getattr(self, key) < 1:
+        for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every",
+                    "validation_samples"):
+            if (getattr(self, key) or 1) < 1 or getattr(self, key) == 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("warmup_steps", "gradient_clipping", "timeout_minutes"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
         if self.keep_checkpoints < 2:  # the newest may be the one that is being written
             raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
 
@@ -120,7 +124,10 @@ class Plan(NamedTuple):
 
 def build_plan(config: RunConfig, world: World) -> Plan:
     """Read and check every file the run names except the weights, in seconds, on any machine."""
-    metadata = load_metadata(config.data.root)
+    data = config.data
+    metadata = check_root(
+        data.root, data.train_split, data.validation_split, config.global_batch_size
+    )
     ds_config = ds.complete_ds_config(
         ds.read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
         world.world_size,
@@ -199,7 +206,7 @@ def warmup(step: int, config: RunConfig) -> float:
 
 def log_step(
     step: int, losses: list[float], seconds: float, clock: Clock, engine: Any, config: RunConfig,
-    writer: MetricWriter,
+    objective: Objective, writer: MetricWriter,
 ) -> None:
     """Losses, mean over the log period and all ranks -> console, TensorBoard, metrics.jsonl."""
     if not all(math.isfinite(loss) for loss in losses):
@@ -209,7 +216,7 @@ def log_step(
         )
     tags = ["loss_video", "loss_audio"] if config.task == "t2av" else ["loss_video"]
     values = {f"train/{tag}": loss for tag, loss in zip(tags, losses, strict=False)} | {
-        "train/loss": build_objective(config).total(*losses),
+        "train/loss": objective.total(*losses),
         "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
         "train/samples_seen": float(step * config.global_batch_size),
         "time/step_seconds": seconds,
@@ -227,29 +234,33 @@ def log_step(
     )
 
 
-def build_objective(config: RunConfig) -> Objective:
-    return Objective(config.task, config.seed, config.flow)
-
-
 def run(config: RunConfig, plan: Plan, world: World) -> None:
     """Build, resume, then go through the steps; maintenance comes before the step."""
     run_dir = Path(config.run_dir)
     lock = lock_run(run_dir, world)
-    fresh = not any((run_dir / "checkpoints").glob("step*"))
+    tag = find_checkpoint(run_dir, world)
+    if tag:
+        check_same_model(tag, dataclasses.asdict(plan.model), dataclasses.asdict(AVFullDiTConfig()))
+    fresh = tag is None
     model = build_model(config, plan, fresh)
     engine, rates = ds.build_engine(
         model, new_parameter_names(model), config.optimizer, plan.deepspeed
     )
-    model.attend.resolve(engine.device, next(engine.parameters()).dtype)
-    first = (resume(engine, run_dir, world) or {"step": 0})["step"]
+    try:
+        model.attend.resolve(engine.device, next(engine.parameters()).dtype)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    first = load_checkpoint(engine, tag, world)["step"] if tag else 0
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first
     )
     held_out, empty = HeldOut(config.data), load_text_states(config.data.root)
-    objective = build_objective(config)
-    writer = MetricWriter(run_dir if world.is_main else None, first + 1)
+    objective = Objective(config.task, config.seed, config.flow)
+    writer = MetricWriter(run_dir if world.is_main else None, first + 1 if first else 0)
     if world.is_main:
-        record_run(run_dir, config, plan, writer)
+        writer.record({"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
+                       "data": dataclasses.asdict(plan.metadata),
+                       "model": dataclasses.asdict(plan.model)})
         announce(config, world, model, first, plan.deepspeed, writer)
     if fresh and config.self_check:
         found = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
@@ -267,7 +278,7 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
                 f"{tag.split('/')[1][5:]} {value:.4f}" for tag, value in values.items()))
             clock.restart()
         if step > first and (step % config.save_every == 0 or done):
-            state = {"step": step, "task": config.task}
+            state = {"step": step, "model": dataclasses.asdict(plan.model)}
             path = save_checkpoint(engine, run_dir, step, state, config.keep_checkpoints, world)
             writer.say(f"step {step}/{config.max_steps}  checkpoint {path}")
             clock.restart()
@@ -280,7 +291,7 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
         step, counted = step + 1, counted + 1
         if step % config.log_every == 0 or step == config.max_steps:
             losses = (sum_over_ranks(sums) / (counted * world.world_size)).tolist()
-            log_step(step, losses, clock.tick(counted), clock, engine, config, writer)
+            log_step(step, losses, clock.tick(counted), clock, engine, config, objective, writer)
             sums, counted = torch.zeros_like(sums), 0
     writer.say(f"done: step {step} after {format_seconds(began.tick())}; run directory {run_dir}")
     writer.close()
@@ -288,29 +299,14 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
         lock.close()
 
 
-def record_run(run_dir: Path, config: RunConfig, plan: Plan, writer: MetricWriter) -> None:
-    """The resolved settings beside the results: what tools read and what a colleague asks for."""
-    (run_dir / "config").mkdir(exist_ok=True)
-    resolved: dict[str, dict] = {
-        "run": dataclasses.asdict(config),
-        "data": dataclasses.asdict(plan.metadata),
-        "model": dataclasses.asdict(plan.model),
-        "deepspeed": plan.deepspeed,
-    }
-    for name, values in resolved.items():
-        write_json(run_dir / "config" / f"{name}.json", values)
-        writer.text(f"config/{name}", json.dumps(values, indent=1, ensure_ascii=False))
-
-
 def announce(
     config: RunConfig, world: World, model: AVFullDiT, first: int, ds_config: dict[str, Any],
     writer: MetricWriter,
 ) -> None:
     """What is about to run, once."""
-    total = sum(torch.Size(ds.full_shape(p)).numel() for p in model.parameters())
     new = new_parameter_names(model)
-    added = sum(torch.Size(ds.full_shape(p)).numel()
-                for name, p in model.named_parameters() if name in new)
+    total = ds.count_parameters(model.parameters())
+    added = ds.count_parameters(p for name, p in model.named_parameters() if name in new)
     writer.say(
         f"{config.task}: {total:,} parameters, {added:,} of them new; attention "
         f"{model.attention_kernel}; recompute {config.recompute}\n"
@@ -327,6 +323,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or "=" in arguments[0]:
         print(__doc__)
         return 78
+    world, started = World(0, 1, 0, 1, "alone"), False
     try:
         world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
@@ -336,10 +333,13 @@ def main(arguments: list[str]) -> int:
             return 0 if fits else 78
         plan = build_plan(config, world)
         start(world, config.timeout_minutes)
+        started = True
         run(config, plan, world)
     except (ConfigError, WorldError, DataError, CheckpointError, PretrainedError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # What every rank finds is said once per node; what one rank meets later, by that rank.
+        if started or os.environ.get("LOCAL_RANK", "0") == "0":
+            where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
         return 78
     finally:
         shutdown()

@@ -9,6 +9,7 @@ from typing import Any
 from data.schema import DataError
 
 REQUIRED = ("id", "path", "video_caption", "audio_caption")
+LONGEST = 1e9  # seconds; beyond it t0 is a mistake, and an integer may not even fit a float
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _parse(line: str, default_split: str) -> dict[str, Any]:
     """One record; ValueError says what is wrong with it."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object")
@@ -70,13 +71,30 @@ def _parse(line: str, default_split: str) -> dict[str, Any]:
     t0 = record.get("t0")
     if t0 is not None and (isinstance(t0, bool) or not isinstance(t0, int | float)):
         raise ValueError(f"t0={t0!r}: must be a number of seconds")
+    if t0 is not None and not abs(t0) < LONGEST:  # JSON parses NaN, Infinity and any integer
+        raise ValueError(f"t0={t0!s:.40}: must be a finite number of seconds")
+    if "\0" in record["path"]:
+        raise ValueError("key 'path' holds a zero byte: no file name can")
+    check_text(record)
     return record
+
+
+def check_text(record: dict[str, Any]) -> None:
+    """ValueError naming a key whose text no tokenizer, file name or UTF-8 file can hold."""
+    for key, value in record.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"key {ascii(key)[1:-1]!r} holds a lone surrogate (half of a character, such as "
+                f"\\ud83d): write the whole character or drop it"
+            ) from error
 
 
 def _id_in(line: str, number: int) -> str:
     """The id of a faulty line, or its line number: nothing disappears without a name."""
     try:
         clip_id = json.loads(line)["id"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         clip_id = None
     return clip_id if isinstance(clip_id, str) and clip_id else f"line {number}"

@@ -49,6 +49,7 @@ from model.encoders import (
     VideoVAE,
     nearest_frame_count,
 )
+from model.files import one_line_errors
 
 DIT_PATCH = 2  # the video tower's patch in height and width: latents must divide by it
 SHARDS: dict[str, Any] = {"compression": "zstd", "hashes": [HASH], "size_limit": 1 << 26}
@@ -73,13 +74,17 @@ class Encoders:
 
     @classmethod
     def load(cls, wan: str, tangoflux: str, device: str, video_text_length: int) -> "Encoders":
-        """VAEs in float32, text encoders in bfloat16 on a GPU and float32 on a CPU."""
-        return cls(
-            VideoVAE.from_folder(wan, device),
-            AudioVAE.from_folder(tangoflux, device),
-            VideoTextEncoder.from_folder(wan, device, max_length=video_text_length),
-            AudioTextEncoder.from_folder(tangoflux, device),
-        )
+        """VAEs in float32, text encoders in bfloat16 on a GPU and float32 on a CPU.
+
+        DataError, in one line, if a folder is missing, damaged or of another release.
+        """
+        with one_line_errors(DataError, f"wan={wan}, tangoflux={tangoflux}"):
+            return cls(
+                VideoVAE.from_folder(wan, device),
+                AudioVAE.from_folder(tangoflux, device),
+                VideoTextEncoder.from_folder(wan, device, max_length=video_text_length),
+                AudioTextEncoder.from_folder(tangoflux, device),
+            )
 
     def fingerprints(self) -> dict[str, str]:
         """Encoder -> sha256 of its weights and config."""
@@ -162,7 +167,9 @@ class Shards:
         self.writers: dict[str, MDSWriter] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         self.rejected: collections.Counter[str] = collections.Counter()
-        self.rejects = (root / REJECTS_FILE).open("w", encoding="utf-8")
+        self.rejects = (root / REJECTS_FILE).open(
+            "w", encoding="utf-8", errors="replace"  # a refused id may be no valid text
+        )
 
     def write(self, split: str, sample: dict[str, Any]) -> None:
         if split not in self.writers:
@@ -266,10 +273,7 @@ def main(arguments: list[str]) -> int:
     try:
         check_out(args.out)  # before minutes go into loading weights
         read_manifest(args.manifest, args.split)
-        try:
-            encoders = Encoders.load(args.wan, args.tangoflux, args.device, args.video_text_length)
-        except (FileNotFoundError, ValueError) as error:
-            raise DataError(str(error)) from error
+        encoders = Encoders.load(args.wan, args.tangoflux, args.device, args.video_text_length)
         spec = CutSpec(
             args.fps,
             args.frames,

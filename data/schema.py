@@ -164,6 +164,24 @@ def load_metadata(root: str | Path) -> Metadata:
         raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
 
 
+def check_root(root: str | Path, train_split: str, validation_split: str, batch: int) -> Metadata:
+    """All that can be said of a data set without reading a sample: files, sizes, counts.
+
+    DataError if a file is missing or the training split is smaller than one global batch.
+    """
+    metadata = load_metadata(root)
+    load_text_states(root)
+    for split in (train_split, validation_split):
+        check_split(root, split)
+    samples = metadata.counts.get(train_split, 0)
+    if samples < batch:
+        raise DataError(
+            f"global_batch_size={batch}: split '{train_split}' of {root} has only {samples} "
+            "samples; lower it or prepare more clips"
+        )
+    return metadata
+
+
 def load_text_states(root: str | Path) -> dict[str, Tensor]:
     """Encoded "" and negative prompts, bfloat16, stored beside the shards.
 

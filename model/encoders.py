@@ -8,6 +8,7 @@ that no caller has to know it: latent normalisation (backbones.md 1.4), text cle
 
 import html
 import re
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ class AudioVAE:
     ) -> "AudioVAE":
         """Load `<tangoflux>/vae.safetensors` (weight_norm names weight_g, weight_v), strictly."""
         path, config = tangoflux_file(tangoflux, "vae.safetensors")
-        vae: Any = AutoencoderOobleck(**config.get("vae", {}))
+        with warnings.catch_warnings():
+            # The class uses the deprecated weight_norm, whose names the released file has.
+            warnings.simplefilter("ignore", FutureWarning)
+            vae: Any = AutoencoderOobleck(**config.get("vae", {}))
         load_strictly(vae, dict(iter_tensors([path])), path)
         return cls(_place(vae, device, dtype), [path])
 
@@ -181,7 +185,8 @@ class VideoTextEncoder:
         tokenizer_folder = wan_subfolder(wan, "tokenizer", "tokenizer_config.json")
         weight_files(folder)
         encoder, info = UMT5EncoderModel.from_pretrained(
-            folder, dtype=dtype or _text_dtype(device), output_loading_info=True
+            folder, dtype=dtype or _text_dtype(device), output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed in info, and refused below
         )
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         check_loaded(folder, *(sorted(info[kind]) for kind in kinds))

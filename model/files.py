@@ -6,13 +6,15 @@ Every error is one line that names what was looked for and the hub id to downloa
 
 import hashlib
 import json
+import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 WAN_HUB_ID = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
@@ -20,6 +22,34 @@ TANGOFLUX_HUB_ID = "declare-lab/TangoFlux"
 FLAN_T5_HUB_ID = "google/flan-t5-large"
 
 TOKENIZER_FILES = ["tokenizer*", "spiece.model", "special_tokens_map.json", "added_tokens.json"]
+
+# What torch, diffusers and transformers raise on files that are damaged or of another model.
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, EOFError,
+    pickle.UnpicklingError,
+)
+LONGEST = 500  # characters of a library's message; torch lists every tensor
+
+
+@contextmanager
+def one_line_errors(
+    kind: type[Exception], what: str, fix: str = "check or download it again"
+) -> Iterator[None]:
+    """Whatever the libraries raise on damaged or foreign files in `what`, as one line of `kind`.
+
+    Plain FileNotFoundError, ValueError and ImportError are our own and keep their text.
+    """
+    try:
+        yield
+    except kind:
+        raise
+    except LOADING_ERRORS as error:
+        text = " ".join(str(error).split())  # libraries like to write over many lines
+        if type(error) in (FileNotFoundError, ValueError, ImportError):
+            raise kind(text) from error
+        text = f"{type(error).__name__}: {text}"
+        text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
+        raise kind(f"{what}: cannot be loaded ({text}); {fix}") from error
 
 
 def resolve_folder(source: str | Path, key: str, hub_id: str, patterns: list[str]) -> Path:
@@ -52,32 +82,68 @@ def require_file(path: Path, key: str, hub_id: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """All safetensors files of a diffusers/transformers folder; FileNotFoundError if none."""
+    """All safetensors files of a diffusers/transformers folder; FileNotFoundError if none.
+
+    ValueError if one is damaged: transformers would say so without naming the file.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no *.safetensors file in {folder}; download it again")
+    for path in files:
+        with open_weights(path):
+            pass
     return files
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """The open safetensors file; ValueError naming it if it is damaged or cut short."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: {error}; download it again"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; ValueError names the file when it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}; download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
+def check_json_files(folder: Path) -> Path:
+    """The folder itself, or a ValueError naming its first damaged JSON file.
+
+    The tokenizers library raises bare Exceptions without a file name, so this looks first.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if "model" not in read_json(path) and path.name == "tokenizer.json":
+            raise ValueError(f"{path} has no key 'model', so no vocabulary; download it again")
+    return folder
+
+
+def require_tokenizer(folder: Path, key: str, hub_id: str) -> Path:
+    """The folder itself, or a FileNotFoundError if no vocabulary is in it."""
+    if not (folder / "spiece.model").is_file():
+        require_file(folder / "tokenizer.json", key, hub_id)
+    return folder
+
+
 def iter_tensors(files: list[Path], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """(name without prefix, tensor) of every tensor whose name starts with `prefix`, by name."""
     owner = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             owner.update({name: path for name in file.keys() if name.startswith(prefix)})
     for name in sorted(owner):
-        with safe_open(owner[name], framework="pt") as file:
+        with open_weights(owner[name]) as file:
             yield name.removeprefix(prefix), file.get_tensor(name)
 
 
@@ -125,7 +191,9 @@ def fingerprint(
 def wan_subfolder(wan: str | Path, name: str, needed: str) -> Path:
     """`<wan>/<name>`, which must hold the file `needed`."""
     folder = resolve_folder(wan, "wan", WAN_HUB_ID, [f"{name}/*"]) / name
-    return require_file(folder / needed, "wan", WAN_HUB_ID).parent
+    if name == "tokenizer":
+        require_tokenizer(folder, "wan", WAN_HUB_ID)
+    return check_json_files(require_file(folder / needed, "wan", WAN_HUB_ID).parent)
 
 
 def tangoflux_file(tangoflux: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -142,7 +210,8 @@ def t5_folder(tangoflux_folder: Path, name: str) -> Path:
     if not folder.is_dir():
         patterns = ["config.json", *TOKENIZER_FILES]
         folder = resolve_folder(name, "text_encoder_name", FLAN_T5_HUB_ID, patterns)
-    return require_file(folder / "config.json", "text_encoder_name", FLAN_T5_HUB_ID).parent
+    require_file(folder / "config.json", "text_encoder_name", FLAN_T5_HUB_ID)
+    return check_json_files(require_tokenizer(folder, "text_encoder_name", FLAN_T5_HUB_ID))
 
 
 def _looks_like_hub_id(source: str) -> bool:

@@ -72,6 +72,20 @@ class AVFullAttention(nn.Module):
         return video_out, torch.cat((audio_out, text_out), dim=1)
 
 
+class NewLinear(nn.Linear):
+    """torch's own start, drawn in float32 also under a bf16 `zero.Init`: every engine starts alike.
+
+    Drawing into bf16 in place gives other numbers than rounding what is drawn in float32.
+    """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = self.in_features**-0.5
+        for parameter in (self.weight, self.bias):
+            drawn = torch.rand(parameter.shape, dtype=torch.float32, device=parameter.device)
+            parameter.copy_((2 * drawn - 1) * bound)
+
+
 class ZeroLinear(nn.Linear):
     """A Linear that starts at zero: what it adds to a residual is nothing at step 0."""
 
@@ -94,9 +108,9 @@ class CrossFusion(nn.Module):
         self.head_dim = head_dim
         self.eps = eps
         self.attend = attend
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(other_dim, dim)
-        self.to_v = nn.Linear(other_dim, dim)
+        self.to_q = NewLinear(dim, dim)
+        self.to_k = NewLinear(other_dim, dim)
+        self.to_v = NewLinear(other_dim, dim)
         self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
         self.to_out = ZeroLinear(dim, dim)

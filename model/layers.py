@@ -132,7 +132,8 @@ class ExpandedLinear(nn.Linear):
 
     def __init__(self, dim: int, new_dim: int, new_std: float) -> None:
         super().__init__(dim, dim)
-        self.new_weight = nn.Parameter(torch.empty(new_dim, dim).normal_(0.0, new_std))
+        # Drawn in float32 also under a bf16 `zero.Init`, so that every engine starts alike.
+        self.new_weight = nn.Parameter(torch.randn(new_dim, dim) * new_std)
         self.new_bias = nn.Parameter(torch.zeros(new_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,5 +189,5 @@ class SingleOutput(ExpandedOutput):
 
 
 def _new_weight(rows: int, columns: int, std: float) -> nn.Parameter:
-    weight = torch.zeros(rows, columns)
-    return nn.Parameter(weight.normal_(0.0, std) if std else weight)
+    # Drawn in float32 also under a bf16 `zero.Init`: `normal_` in place would draw others there.
+    return nn.Parameter(torch.randn(rows, columns) * std if std else torch.zeros(rows, columns))

@@ -89,9 +89,9 @@ def differences(
 
 
 def first_ten(faults: list[str]) -> str:
-    """The first lines, indented, and how many more there are."""
-    more = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return "\n".join(f"  {line}" for line in (*faults[:SHOWN], *more))
+    """The first ones in one line, and how many more there are."""
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return "; ".join((*faults[:SHOWN], *more))
 
 
 def _joint_block(tower: str, index: int, config: AVFullDiTConfig) -> str:

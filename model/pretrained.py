@@ -166,8 +166,8 @@ def _iter_checked(
     with _clear_errors():
         released = open_released(config, wan, tangoflux)
         released.require(_wanted(expected, config))
-    for key, tensor in released:
-        yield ours[key], tensor
+        for key, tensor in released:
+            yield ours[key], tensor
 
 
 def _wanted(

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from model.config import strict_config
 from model.files import (
     WAN_HUB_ID,
+    open_weights,
     read_json,
     require_file,
     resolve_folder,
@@ -77,19 +77,19 @@ class Released:
             sources = ", ".join(f"{tower}={source}" for tower, source in self.sources.items())
             raise PretrainedError(
                 f"{len(faults)} tensors of {sources} do not fit the model; "
-                "config and weights must come from the same release:\n" + first_ten(faults)
+                "config and weights must come from the same release: " + first_ten(faults)
             )
 
     def read(self, tower: str, name: str) -> torch.Tensor:
         """One tensor, as stored."""
         path, stored = self.places[tower, name]
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             return file.get_tensor(stored)
 
     def __iter__(self) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
         """((tower, name), tensor) one at a time, file by file: no second copy ever exists."""
         for path in dict.fromkeys(path for path, _ in self.places.values()):
-            with safe_open(path, framework="pt") as file:
+            with open_weights(path) as file:
                 for key, (owner, stored) in self.places.items():
                     if owner == path:
                         yield key, file.get_tensor(stored)
@@ -145,7 +145,10 @@ def wan_files(wan: str | Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if indices:
-        names = set(read_json(indices[0])["weight_map"].values())
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise PretrainedError(f"{indices[0]} has no 'weight_map'; download it again")
+        names = set(weight_map.values())
         files = [folder / name for name in sorted(names)]
         absent = [path.name for path in files if not path.is_file()]
         if absent:
@@ -179,9 +182,6 @@ def _from_original(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
-                    if not name.startswith(TANGOFLUX_OTHER_TENSORS)}
-    except SafetensorError as error:
-        raise PretrainedError(f"{path} is not a readable safetensors file: {error}") from error
+    with open_weights(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
+                if not name.startswith(TANGOFLUX_OTHER_TENSORS)}

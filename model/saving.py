@@ -77,7 +77,7 @@ def read_state(
         faults = differences(shapes, found)
         if faults:
             raise SavedModelError(
-                f"{len(faults)} tensors of {folder} do not fit its config.json:\n"
+                f"{len(faults)} tensors of {folder} do not fit its config.json: "
                 + first_ten(faults)
             )
         for path in files:
@@ -90,7 +90,10 @@ def read_state(
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise SavedModelError(f"{folder / INDEX} has no 'weight_map'; copy it again")
+        names = sorted(set(weight_map.values()))
     else:
         names = [SINGLE]
     absent = [name for name in names if not (folder / name).is_file()]
@@ -118,11 +121,14 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SavedModelError(f"{path} is not there; give a folder of save_pretrained") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SavedModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SavedModelError(f"{path} holds a JSON {type(values).__name__}, not an object")
+    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

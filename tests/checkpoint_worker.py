@@ -14,6 +14,7 @@ from torch import nn
 
 from training import checkpoint, engine
 from training.distributed import barrier, resolve_world, shutdown, start
+from training.run_dir import lock_run
 
 
 def build(world_size: int):
@@ -53,12 +54,16 @@ def main() -> None:
         if world.is_main:
             print(name, flush=True)
 
-    lock = checkpoint.lock_run(run_dir, world)
-    refused("is being written by", lambda: checkpoint.lock_run(run_dir, world))
+    def resume(target):
+        tag = checkpoint.find_checkpoint(run_dir, world)
+        return tag and checkpoint.load_checkpoint(target, tag, world)
+
+    lock = lock_run(run_dir, world)
+    refused("is being written by", lambda: lock_run(run_dir, world))
     say("second writer refused")
 
     ours = build(world.world_size)
-    assert checkpoint.resume(ours, run_dir, world) is None
+    assert resume(ours) is None
     say("fresh start")
     for step in (1, 2, 3):
         train(ours)
@@ -69,7 +74,7 @@ def main() -> None:
 
     expected = [train(ours) for _ in range(3)]
     other = build(world.world_size)
-    assert checkpoint.resume(other, run_dir, world) == {"step": 3}
+    assert resume(other) == {"step": 3}
     assert [train(other) for _ in range(3)] == expected
     say("resume continues bit for bit")
 
@@ -94,23 +99,31 @@ def main() -> None:
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
     barrier(world)
-    refused("differs from its sha256", lambda: checkpoint.resume(other, run_dir, world))
+    refused("differs from its sha256", lambda: resume(other))
     say("flipped bit refused")
 
     barrier(world)
     if world.is_main:
         shard.write_bytes(shard.read_bytes()[:-1])
     barrier(world)
-    assert checkpoint.resume(other, run_dir, world) == {"step": 2}
+    assert resume(other) == {"step": 2}
     say("truncated checkpoint passed over")
 
     barrier(world)
     if world.is_main:
         for tag in checkpoint.complete_tags(run_dir):
-            (tag / checkpoint.MANIFEST).unlink()
+            next(tag.glob("*optim_states.pt")).unlink()
     barrier(world)
-    refused("none is complete", lambda: checkpoint.resume(other, run_dir, world))
+    refused("none is complete", lambda: resume(other))
     say("no complete checkpoint: refused, not trained from scratch")
+
+    barrier(world)
+    if world.is_main:
+        for manifest in run_dir.glob(f"checkpoints/*/{checkpoint.MANIFEST}"):
+            manifest.unlink()
+    barrier(world)
+    assert resume(other) is None
+    say("killed in the first save: a fresh start")
     if lock:
         lock.close()
     shutdown()

@@ -23,6 +23,10 @@ class Inner:
     lr: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
 
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} must be above 0")
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -35,6 +39,7 @@ class Outer:
 def test_values_arrive_with_their_types():
     got = parse_config(Outer, {"run_dir": "x", "inner": {"lr": "1e-5", "betas": [0.1, 0.2]}})
     assert got == Outer("x", Inner(1e-5, (0.1, 0.2)))
+    assert parse_config(Outer, {"run_dir": "2e5"}).run_dir == "2e5"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,9 @@ def test_values_arrive_with_their_types():
         ({"run_dir": "x", "maybe": {"beta": 1}}, "unknown key 'maybe.beta'; did you mean 'betas'"),
         ({"run_dir": "x", "steps": "many"}, "steps='many'"),
         ({"run_dir": "x", "steps": 1.5}, "steps=1.5"),
+        ({"run_dir": "x", "steps": True}, "steps='true'"),
+        ({"run_dir": 2e5}, "run_dir=200000.0"),
+        ({"run_dir": "x", "inner": {"lr": -1}}, "config: lr=-1.0 must be above 0"),
     ],
 )
 def test_mistakes_are_named(values, message):

@@ -21,6 +21,29 @@ ALLOWED = {
     "transformers": ("model/encoders.py", "tools/backbones/"),
 }
 
+# The model is a function of its inputs: only these read or write files.
+MODEL_FILES = (
+    "model/pretrained.py",  # released weights in and out
+    "model/files.py",  # finds, checks and reads weight files for the other two
+    "model/saving.py",  # a trained model's own folder
+    "model/encoders.py",  # frozen encoders load themselves from released folders
+)
+FILE_CALLS = {
+    "open", "safe_open", "load_file", "save_file", "save_torch_state_dict", "mkdir", "unlink",
+    "read_text", "read_bytes", "write_text", "write_bytes", "from_pretrained", "save_pretrained",
+}
+ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+
+
+def names_used(tree: ast.AST) -> set[str]:
+    """Every bare name, attribute and imported name."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return names | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
 
 def imports(path: Path) -> set[str]:
     names = set()
@@ -47,6 +70,28 @@ def test_import_graph(path):
     for library, places in ALLOWED.items():
         if library in tops:
             assert name.startswith(places), f"{library} is imported in {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model").rglob("*.py")), ids=lambda p: p.name)
+def test_model_reads_no_environment_and_few_files(path):
+    name = str(path.relative_to(ROOT))
+    used = names_used(ast.parse(path.read_text(encoding="utf-8")))
+    assert not used & ENVIRONMENT, f"{name} reads the environment; pass the value in"
+    if name not in MODEL_FILES:
+        assert not used & FILE_CALLS, f"{name} does file I/O; {MODEL_FILES} may"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["open('x')", "from safetensors import safe_open", "Path(x).read_text()", "p.mkdir()"],
+)
+def test_file_access_is_recognised(line):
+    assert names_used(ast.parse(line)) & FILE_CALLS
+
+
+@pytest.mark.parametrize("line", ["os.environ['A']", "from os import getenv", "os.getenv('A')"])
+def test_environment_access_is_recognised(line):
+    assert names_used(ast.parse(line)) & ENVIRONMENT
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

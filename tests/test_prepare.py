@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,14 @@ def manifest(tmp_path_factory):
         json.dumps({"id": "poor", "path": "clips/a.mp4"}),
         json.dumps(record("odd", split="../up")),
         json.dumps(record("timeless", t0="soon")),
+        json.dumps(record("nan", t0=float("nan"))),
+        json.dumps(record("far", t0=10**400)),
+        json.dumps(record("half_emoji", video_caption="a ball \ud83d")),
+        json.dumps(record("half_path", path="clips/\ud83d.mp4")),
+        json.dumps(record("half_class", **{"class": ["tight", {"why": "\ud83d"}]})),
+        json.dumps(record("half_id\ud83d")),
+        json.dumps(record("zero", path="clips/a\0.mp4")),
+        "[" * 100_000,
     ]
     path = root / "manifest.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -101,11 +110,23 @@ def test_nothing_disappears(prepared):
         "poor": "invalid_record",
         "odd": "invalid_record",
         "timeless": "invalid_record",
+        "nan": "invalid_record",
+        "far": "invalid_record",
+        "half_emoji": "invalid_record",
+        "half_path": "invalid_record",
+        "half_class": "invalid_record",
+        "half_id?": "invalid_record",
+        "zero": "invalid_record",
+        "line 25": "invalid_record",
     }
+    details = {r["id"]: r["detail"] for r in rejects}
+    assert "key 'video_caption' holds a lone surrogate" in details["half_emoji"]
+    assert "key 'class' holds a lone surrogate" in details["half_class"]
+    assert details["nan"] == "t0=nan: must be a finite number of seconds"
     assert all(r["detail"] for r in rejects)
     metadata = load_metadata(prepared)
     assert metadata.counts == {"train": 4, "validation": 1}
-    assert sum(metadata.rejected.values()) == len(rejects) == 11
+    assert sum(metadata.rejected.values()) == len(rejects) == 19
 
 
 def test_dataset_json_says_how_it_was_made(prepared, encoders):
@@ -204,6 +225,52 @@ def test_bad_input_is_one_clear_line(tmp_path, manifest, weights, prepared, caps
     assert "height=40" in line and "multiple of 32" in line
     assert "fps=0" in run_main(capsys, manifest, out, *towers, "--fps", 0)
     assert not out.exists() and not list(tmp_path.glob(".out.partial-*"))
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_utf8(path):
+    path.write_bytes(b"\xff\xfe")
+
+
+def of_other_width(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"d_model": 16}))
+
+
+def no_object(path):
+    path.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("wan/vae/diffusion_pytorch_model.safetensors", cut_short),
+        ("wan/text_encoder/model.safetensors", cut_short),
+        ("tangoflux/vae.safetensors", cut_short),
+        ("tangoflux/tangoflux.safetensors", cut_short),
+        ("wan/vae/config.json", cut_short),
+        ("wan/text_encoder/config.json", of_other_width),
+        ("wan/tokenizer/tokenizer_config.json", cut_short),
+        ("wan/tokenizer/tokenizer.json", cut_short),
+        ("wan/tokenizer/tokenizer.json", no_object),
+        ("wan/tokenizer/tokenizer.json", Path.unlink),
+        ("tangoflux/config.json", not_utf8),
+        ("tangoflux/text_encoder/config.json", cut_short),
+        ("tangoflux/text_encoder/tokenizer.json", not_utf8),
+    ],
+)
+def test_damaged_weights_are_one_clear_line(tmp_path, manifest, weights, capsys, name, damage):
+    for folder in weights:
+        shutil.copytree(folder, tmp_path / folder.name)
+    damage(tmp_path / name)
+    towers = ["--wan", tmp_path / "wan", "--tangoflux", tmp_path / "tangoflux"]
+    capsys.readouterr()
+    line = run_main(capsys, manifest, tmp_path / "out", *towers)
+    assert str((tmp_path / name).parent) in line
+    assert "download" in line or "do not belong together" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_usable_clip_is_an_error_that_keeps_the_reasons(tmp_path, encoders):

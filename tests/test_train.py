@@ -186,6 +186,12 @@ def test_alone_and_under_the_deepspeed_launcher(world):
         (["data.root=/nowhere"], "/nowhere"),
         (["deepspeed=/nowhere.json"], "no such file"),
         (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 3"),
+        (["max_steps=-1"], "max_steps=-1 must be at least 1"),
+        (["validation_samples=0"], "validation_samples=0 must be at least 1"),
+        (["gradient_clipping=-1"], "gradient_clipping=-1.0 must not be negative"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1.0 must be above 0"),
+        (["global_batch_size=24"], "split 'train' of"),
+        (["data.validation_split=test"], "no split 'test'"),
         (["log_every=0"], "log_every=0 must be at least 1"),
         (["keep_checkpoints=1"], "keep_checkpoints=1 must be at least 2"),
         (["wan=weights/playground/wan"], "holds video text states of width 32"),
@@ -255,3 +261,33 @@ def test_sample_refuses_bad_input(runs, capsys, monkeypatch, arguments, message)
     monkeypatch.setattr("sys.argv", ["sample", *chosen])
     assert sample.main() == 78
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_shipped_bf16_engines_train_save_resume_and_are_read(world):
+    """zero1, zero2 and zero3 as shipped but for smaller buckets, on two ranks in bf16."""
+    from training.checkpoint import read_weights
+
+    runs = {}
+    for name in ("zero1", "zero2", "zero3"):
+        values = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        zero = values["zero_optimization"]
+        zero |= {key: 100_000 for key in zero if key.endswith("bucket_size")}
+        values["train_micro_batch_size_per_gpu"] = 4
+        (world / f"bf16_{name}.json").write_text(json.dumps(values))
+        overrides = use(world, f"bf16_{name}.json", f"run_dir={world}/runs/bf16_{name}",
+                        "validate_every=100")
+        runs[f"bf16_{name}:first"] = [*overrides, "max_steps=2"]
+        runs[f"bf16_{name}:second"] = [*overrides, "max_steps=3"]
+    start(world, 2, runs)
+    weights = {}
+    for name in ("zero1", "zero2", "zero3"):
+        run_dir = world / "runs" / f"bf16_{name}"
+        assert sorted(records(run_dir, "train/loss")) == [1, 2, 3]
+        step, weights[name] = read_weights(run_dir)
+        assert step == 3
+    for name in ("zero2", "zero3"):
+        assert weights[name].keys() == weights["zero1"].keys()
+        for key, value in weights["zero1"].items():
+            assert weights[name][key].shape == value.shape
+            assert (weights[name][key] - value).abs().max() < 0.02, key

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.decode import CutSpec, read_cut
+from data.probe import Rejected
 
 ROOT = Path("runs/quickstart")
 CONFIG = "configs/playground.yaml"
@@ -35,26 +36,39 @@ def step(title: str, *command: str) -> None:
 
 
 def held_out(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """First and last held-out losses of a run."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """First and last held-out losses of a run; QuickstartError if there are not two."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise QuickstartError(f"{run_dir} holds no metrics.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
     losses = [
         {tag: value for tag, value in record.items() if tag.startswith("validation/loss")}
         for record in records
     ]
     losses = [record for record in losses if record]
+    if len(losses) < 2:
+        raise QuickstartError(f"{path}: held-out losses measured {len(losses)} times; at least 2 "
+                              "are needed to say that they fell")
     return losses[0], losses[-1]
 
 
 def check_losses(first: dict[str, float], last: dict[str, float]) -> None:
     """Raises QuickstartError unless every held-out loss is below its value at step 0."""
-    for tag in ("validation/loss_video", "validation/loss_audio"):
+    tags = ("validation/loss_video", "validation/loss_audio")
+    for tag in tags:
+        if tag not in first or tag not in last:
+            raise QuickstartError(f"{tag} was not measured")
+    for tag in tags:
         if not last[tag] < first[tag]:
             raise QuickstartError(f"{tag} did not fall: {first[tag]:.4f} -> {last[tag]:.4f}")
 
 
 def check_clip(path: Path, spec: CutSpec) -> None:
     """Raises QuickstartError unless the file decodes with a picture and audible sound."""
-    cut = read_cut(path, spec)  # raises Rejected on silence, a missing stream or a short clip
+    try:
+        cut = read_cut(path, spec)
+    except Rejected as rejected:  # silence, a missing stream, a short clip
+        raise QuickstartError(f"{path}: {rejected}") from rejected
     if float(np.std(cut.frames)) < 1.0:
         raise QuickstartError(f"{path}: the picture is one flat colour")
 
@@ -65,6 +79,9 @@ def main() -> int:
         shutil.rmtree(ROOT)
     # Tiny tensors gain nothing from threads, and threads that wait for a busy core cost much.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # CPU ranks of one number of processes everywhere, also on a machine with fewer GPUs than that.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     clips, shards, run_dir = ROOT / "clips", ROOT / "shards", ROOT / "run"
     python = [sys.executable, "-m"]
     try:

@@ -16,17 +16,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.manifest import check_text
 from data.mux import write_clip
-from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
-from data.schema import Metadata
+from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE, Encoders
+from data.schema import DataError, Metadata
 from model import AVFullDiT, AVFullDiTConfig
-from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
+from model.files import one_line_errors
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
-from model.pretrained import PretrainedError
 from model.sampling import Prompts, sample
 from tools.contact_sheet import write_contact_sheet
 from training.checkpoint import CheckpointError, read_weights, tag_of
 from training.config import ConfigError, parse_config
+
+RESTORE = "restore it from a copy, or train again"
 
 
 class Prompt(NamedTuple):
@@ -41,25 +43,30 @@ def read_prompts(path: Path, split: str | None, count: int | None) -> list[Promp
     """Prompts from JSON lines.
 
     Raises:
-        ConfigError: naming the file, the line and the missing key.
+        ConfigError: naming the file, the line, and the key or id that cannot be used.
     """
     if not path.is_file():
         raise ConfigError(f"--prompts={path}: no such file; give JSON lines with video_caption "
                           "and audio_caption")
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    lines: dict[str, int] = {}  # name -> line
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not a JSON object: {error}") from error
+        where = f"{path}:{number}"
+        record = _parse_record(line, where)
         if split and record.get("split", "train") != split:
             continue
         for key in ("video_caption", "audio_caption"):
             if key not in record:
-                raise ConfigError(f"{path}:{number}: key '{key}' is missing; add it")
+                raise ConfigError(f"{where}: key '{key}' is missing; add it")
+            if not isinstance(record[key], str):
+                raise ConfigError(f"{where}: key '{key}' is no string; put it in quotes")
         name = str(record.get("id", f"prompt{len(prompts):03d}")).replace("/", "_")
+        if lines.setdefault(name, number) != number:  # its clip would be overwritten
+            raise ConfigError(f"{where}: id '{name}' is taken by line {lines[name]}; ids name the "
+                              "files, '/' as '_': give another")
         prompts.append(Prompt(name, record["video_caption"], record["audio_caption"]))
     if not prompts:
         chosen = f" of split '{split}'" if split else ""
@@ -67,37 +74,59 @@ def read_prompts(path: Path, split: str | None, count: int | None) -> list[Promp
     return prompts[:count]
 
 
+def _parse_record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not a JSON object: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: a JSON {type(record).__name__}, not an object; write "
+                          '{"video_caption": "...", "audio_caption": "..."}')
+    try:
+        check_text(record)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return record
+
+
 class Sampler:
-    """A trained model with the frozen encoders and decoders around it."""
+    """A trained model with the frozen encoders and decoders around it.
+
+    Raises, each in one line: ConfigError (a file of RUN/config), CheckpointError (weights),
+    DataError (the backbones that the run names).
+    """
 
     def __init__(self, run_dir: Path, step: int | None, device: torch.device) -> None:
-        run = _read(run_dir / "config" / "run.json")
-        self.metadata = parse_config(Metadata, _read(run_dir / "config" / "data.json"))
-        self.config = AVFullDiTConfig.from_dict(_read(run_dir / "config" / "model.json"))
-        self.device, self.shift, self.task = device, run["flow"]["shift"], run["task"]
-        flow = parse_config(FlowConfig, run["flow"])
+        config = run_dir / "config"
+        run, where = _read(config / "run.json"), config / "run.json"
+        self.metadata = parse_config(Metadata, _read(config / "data.json"), f"{config}/data.json")
+        self.device, self.task = device, _setting(run, where, "task")
+        self.shift = _setting(run, where, "flow", "shift")
+        flow = parse_config(FlowConfig, run["flow"], f"{where}: flow")
         shifted = flow.audio_t == "shifted"  # then audio's t is a function of the video's
         self.audio_t = partial(shifted_audio_t, flow) if shifted else None
-        self.step, weights = read_weights(run_dir, step)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = AVFullDiT(self.config)
-        self.model.load_state_dict(weights)
-        self.model.to(device, dtype).eval()
-        self.video_vae = VideoVAE.from_folder(run["wan"], device)
-        self.audio_vae = AudioVAE.from_folder(run["tangoflux"], device)
-        self.video_text = VideoTextEncoder.from_folder(
-            run["wan"], device, max_length=self.metadata.video_text_length
+        with one_line_errors(ConfigError, f"{config}/model.json", RESTORE):
+            self.config = AVFullDiTConfig.from_dict(_read(config / "model.json"))
+            self.model = AVFullDiT(self.config, attention=_setting(run, where, "attention"))
+            self.model.to(device, dtype).eval()
+            self.kernel = self.model.attention_kernel  # the run's own choice, or an error
+        with one_line_errors(CheckpointError, f"{run_dir}/checkpoints", RESTORE):
+            self.step, weights = read_weights(run_dir, step)
+            self.model.load_state_dict(weights)
+        wan, tangoflux = _setting(run, where, "wan"), _setting(run, where, "tangoflux")
+        self.encoders = Encoders.load(
+            wan, tangoflux, str(device), self.metadata.video_text_length
         )
-        self.audio_text = AudioTextEncoder.from_folder(run["tangoflux"], device)
 
     def encode(self, video_caption: str, audio_caption: str) -> Prompts:
         """Text states of one prompt as the model takes them, batch 1."""
-        rows = self.video_text.encode([video_caption])[0]  # (n, D)
+        rows = self.encoders.video_text.encode([video_caption])[0]  # (n, D)
         video = rows.new_zeros(1, self.metadata.video_text_length, rows.shape[1])
         video[0, : len(rows)] = rows
         if self.task == "t2v":
             return Prompts(video)
-        states, mask = self.audio_text.encode([audio_caption])
+        states, mask = self.encoders.audio_text.encode([audio_caption])
         return Prompts(video, states, mask)
 
     def draw(
@@ -125,11 +154,11 @@ class Sampler:
                 audio_t=self.audio_t,
                 on_step=lambda done, total: bar.update(),
             )
-        picture = self.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
+        picture = self.encoders.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
         frames = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
         if audio is None:
             return frames.cpu().numpy(), None
-        wave = self.audio_vae.decode(audio)[0].float().clamp(-1, 1)  # (2, N)
+        wave = self.encoders.audio_vae.decode(audio)[0].float().clamp(-1, 1)  # (2, N)
         samples = round(data.duration * data.sample_rate)  # sound ends with the picture
         return frames.cpu().numpy(), wave.T[:samples].cpu().numpy()
 
@@ -137,7 +166,19 @@ class Sampler:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; RUN must be a run directory of train.py")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid JSON ({error}); {RESTORE}") from error
+
+
+def _setting(values: Any, path: Path, *keys: str) -> Any:
+    """values[key][key]...; ConfigError naming the file and the key that is missing."""
+    for key in keys:
+        if not isinstance(values, dict) or key not in values:
+            raise ConfigError(f"{path}: key '{key}' is missing; {RESTORE}")
+        values = values[key]
+    return values
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -160,6 +201,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    for key in ("count", "num_steps"):
+        value = getattr(arguments, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{key.replace('_', '-')}={value}: must be at least 1")
     if (arguments.prompts is None) == (arguments.video_prompt is None):
         raise ConfigError("give either --prompts FILE or --video-prompt TEXT")
     prompts = (
@@ -169,6 +214,7 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = Sampler(
         arguments.run, arguments.step, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
+    print(f"step {sampler.step} on {sampler.device}, attention {sampler.kernel}", flush=True)
     out = arguments.out or arguments.run / "samples" / tag_of(sampler.step)
     out.mkdir(parents=True, exist_ok=True)
     negative = sampler.encode(arguments.negative_video, arguments.negative_audio)
@@ -187,7 +233,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     try:
         run(parse_arguments(None))
-    except (ConfigError, CheckpointError, PretrainedError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 78
     return 0

@@ -9,14 +9,12 @@ a manifest whose files have the right sizes counts.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -28,34 +26,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from training.distributed import World, barrier, broadcast_object
+from training.run_dir import CheckpointError, write_json
 
 MANIFEST = "manifest.json"
 # All that DeepSpeed's files need beyond tensors; fragment_address in stages 1 and 2 only.
 SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 CLIENT_KEY = "avfulldit"  # DeepSpeed sets engine attributes from bare client_state keys
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, found or trusted."""
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Atomic: the file is there whole or not at all, also after a power cut."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: str) -> str:
@@ -172,32 +148,53 @@ def complete_tags(run_dir: Path) -> list[Path]:
     return found
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, run_dir: Path, world: World) -> dict | None:
-    """Load the newest complete checkpoint; returns its state, None for a fresh start.
+def find_checkpoint(run_dir: Path, world: World) -> Path | None:
+    """The newest complete tag, the same on every rank; None for a fresh start.
 
     Raises:
-        CheckpointError: tags exist but none is complete, or the world size differs.
+        CheckpointError: finished tags exist but none is whole, or another world size wrote it.
     """
     tags = complete_tags(run_dir) if world.is_main else []
-    tag = broadcast_object(tags[-1].name if tags else None, world)
-    root = run_dir / "checkpoints"
-    if tag is None:
-        if any(root.glob("step*")):
-            raise CheckpointError(
-                f"{root} holds checkpoints but none is complete: move them away to start afresh"
-            )
-        return None
-    manifest = read_manifest(root / tag)
-    if manifest["world_size"] != world.world_size:
+    broken = world.is_main and not tags and any(run_dir.glob(f"checkpoints/step*/{MANIFEST}"))
+    tag, broken = broadcast_object((tags[-1] if tags else None, broken), world)
+    if broken:
         raise CheckpointError(
-            f"checkpoint {root / tag} was written by {manifest['world_size']} ranks and "
-            f"{world.world_size} run now: resume with the same number of ranks"
+            f"{run_dir}/checkpoints holds checkpoints but none is complete: move them away to "
+            "start afresh"
         )
-    _verify(root / tag, manifest, world)
+    if tag is None:  # a tag without a manifest was never finished: a kill in the first save
+        return None
+    wrote = read_manifest(tag)["world_size"]
+    if wrote != world.world_size:
+        raise CheckpointError(
+            f"checkpoint {tag} was written by {wrote} ranks and {world.world_size} run now: "
+            "resume with the same number of ranks"
+        )
+    return tag
+
+
+def check_same_model(tag: Path, model: dict, defaults: dict) -> None:
+    """Refuse to resume another model, before anything is built.
+
+    A key younger than the checkpoint had the value that is its default now.
+    """
+    now = json.loads(json.dumps(model))
+    saved = json.loads(json.dumps(defaults)) | read_manifest(tag)["model"]
+    for key in sorted(now):
+        if saved.get(key) != now[key]:
+            raise CheckpointError(
+                f"{tag} was trained with {key}={saved.get(key)}, this run has {key}={now[key]}: "
+                "take the same settings or another run_dir"
+            )
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, tag: Path, world: World) -> dict:
+    """Verify every file's hash, load on all ranks, return the saved state."""
+    _verify(tag, read_manifest(tag), world)
     engine.checkpoint_engine = AtomicStorage()
-    path, client = engine.load_checkpoint(str(root), tag=tag)
+    path, client = engine.load_checkpoint(str(tag.parent), tag=tag.name)
     if path is None:
-        raise CheckpointError(f"DeepSpeed loaded nothing from {root / tag}")
+        raise CheckpointError(f"DeepSpeed loaded nothing from {tag}")
     return client[CLIENT_KEY]
 
 
@@ -235,32 +232,33 @@ def read_weights(run_dir: str | Path, step: int | None = None) -> tuple[int, dic
     if step not in tags:
         raise CheckpointError(f"step={step} has no checkpoint; there are {sorted(tags)}")
     tag = tags[step]
-    if any("optim_states" in name for name in read_manifest(tag)["files"]):
+    names = [str(tag / name) for name in read_manifest(tag)["files"]]
+    storage = AtomicStorage()
+    optimizer_files = sorted(name for name in names if "optim_states" in name)
+    if optimizer_files:
+        if "zero_stage" not in storage.load(optimizer_files[0], "cpu")["optimizer_state_dict"]:
+            return step, _read_bf16_optimizer(tag, optimizer_files, storage)
         return step, get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
-    states = AtomicStorage().load(str(tag / "mp_rank_00_model_states.pt"), "cpu")
+    states = storage.load(str(tag / "mp_rank_00_model_states.pt"), "cpu")
     return step, {name: value.float() for name, value in states["module"].items()}
 
 
-def lock_run(run_dir: Path, world: World) -> IO[str] | None:
-    """Refuse a second writer in one run directory; the lock goes with the process.
+def _read_bf16_optimizer(tag: Path, names: list[str], storage: AtomicStorage) -> dict:
+    """fp32 weights of stage 1 with fp32 accumulation, whose format DeepSpeed's reader refuses.
 
-    Returns the open file, to be kept until the end. Raises CheckpointError on every rank.
+    Each rank holds a flat slice of each parameter group and says which part is whose.
     """
-    held, owner = None, ""
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.truncate(0)
-            held.write(f"{socket.gethostname()} pid {os.getpid()}\n")
-            held.flush()
-        except BlockingIOError:
-            held.seek(0)
-            owner = held.read().strip() or "another process"
-    owner = broadcast_object(owner, world)
-    if owner:
-        raise CheckpointError(
-            f"run_dir={run_dir} is being written by {owner}: stop it or choose another run_dir"
-        )
-    return held
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(names, key=lambda path: int(path.split("pp_rank_")[1].split("_")[0])):
+        state = storage.load(name, "cpu")["optimizer_state_dict"]
+        for flat, owners in zip(
+            state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True
+        ):
+            for parameter, place in owners.items():
+                piece = flat.narrow(0, place.start, place.numel)
+                parts.setdefault(parameter, []).append(piece.detach())
+    shapes = storage.load(str(tag / "mp_rank_00_model_states.pt"), "cpu")["param_shapes"]
+    return {
+        name: torch.cat(parts[name]).view(shape)
+        for group in shapes for name, shape in group.items()
+    }

@@ -105,13 +105,15 @@ def parse_config(cls: type[T], values: dict, where: str = "config") -> T:
     """
     _check_keys(cls, values, where, "")
     try:
-        return TypeAdapter(cls).validate_python(_floats(values))
+        return TypeAdapter(cls).validate_python(_typed(cls, values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise ConfigError(f"{where}: key '{key}' is missing; add it") from error
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error":  # a dataclass's own check, which names its key
+            raise ConfigError(f"{where}: {message}") from error
         raise ConfigError(f"{where}: {key}={first['input']!r}: {message}") from error
 
 
@@ -144,13 +146,21 @@ def _dataclass_of(annotation: Any) -> type | None:
     return None
 
 
-def _floats(values: Any) -> Any:
-    """YAML 1.1 reads `1e-5` (no dot) as text; people write it everywhere."""
-    if isinstance(values, dict):
-        return {key: _floats(value) for key, value in values.items()}
+def _typed(annotation: Any, values: Any) -> Any:
+    """Numbers that YAML 1.1 reads as text (`1e-5`, no dot), made numbers where one is expected.
+
+    Also true and false for a number are refused here: Python would count with them.
+    """
+    owner = _dataclass_of(annotation)
+    if owner is not None and isinstance(values, dict):
+        hints = typing.get_type_hints(owner)
+        return {key: _typed(hints[key], value) for key, value in values.items()}
+    options = typing.get_args(annotation) or (annotation,)
     if isinstance(values, list):
-        return [_floats(value) for value in values]
-    if isinstance(values, str) and values[:1] in "+-.0123456789" and "e" in values.lower():
+        return [_typed(options[0], value) for value in values]
+    if isinstance(values, bool) and bool not in options and {int, float} & set(options):
+        return str(values).lower()
+    if isinstance(values, str) and float in options:
         try:
             return float(values)
         except ValueError:

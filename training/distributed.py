@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 
 class WorldError(ValueError):
@@ -141,6 +142,11 @@ def _free_port(world: World) -> str:
         return str(probe.getsockname()[1])
 
 
+def on_gpu() -> bool:
+    """Whether DeepSpeed computes on a GPU: DS_ACCELERATOR=cpu keeps a run off one that is there."""
+    return get_accelerator().device_name() == "cuda"
+
+
 def start(world: World, timeout_minutes: float) -> None:
     """Join the process group and take this rank's device.
 
@@ -148,11 +154,12 @@ def start(world: World, timeout_minutes: float) -> None:
     shard anything, without an error.
     """
     export_world(world, os.environ)
-    cuda = torch.cuda.is_available()
+    cuda = on_gpu()
     if cuda and world.local_world_size > torch.cuda.device_count():
         raise WorldError(
-            f"{world.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs: one "
-            "rank per GPU; lower --ntasks-per-node or NPROC"
+            f"{world.local_world_size} ranks on a node but {torch.cuda.device_count()} GPUs seen "
+            "by this one: one rank per GPU; lower --ntasks-per-node or NPROC, or use "
+            "--gpus-per-node instead of --gpus-per-task"
         )
     if cuda:
         torch.cuda.set_device(world.local_rank)

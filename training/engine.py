@@ -7,7 +7,8 @@ top-level key silently (a typo in `zero_optimization` trains at stage 0), so key
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
 from training.config import ConfigError, nearest
+from training.distributed import on_gpu
 
 # Read from DeepSpeedConfig of 0.19.8; a test fails when an upgrade changes what it reads.
 TOP_LEVEL_KEYS = (
@@ -52,6 +54,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01  # none on norms, biases and modulation tables
     lr_new: float = 1.0  # multiplier for the weights that neither backbone had
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps", "lr_new"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={self.betas} must be within [0, 1)")
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -151,6 +162,10 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(torch.Size(full_shape(parameter)).numel() for parameter in parameters)
+
+
 def parameter_groups(
     model: nn.Module, new_names: set[str], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
@@ -189,7 +204,7 @@ def build_engine(
     if offload in ("cpu", "nvme"):
         adam = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
-        adam = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+        adam = torch.optim.AdamW(groups, fused=on_gpu(), **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config)
     return engine, base_rates
 

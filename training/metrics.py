@@ -1,6 +1,7 @@
 """What a run says: one console line per log step, TensorBoard scalars, and `metrics.jsonl`.
 
-The jsonl is the record of truth: one object per step and never a step twice, also after a resume.
+The jsonl is the record of truth: a training and a held-out object per step at most, never one
+twice, also after a resume.
 TensorBoard is drawn from the same numbers. Only rank 0 writes.
 """
 
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+
+from training.run_dir import write_json
 
 
 class MetricWriter:
@@ -51,9 +54,15 @@ class MetricWriter:
         if self.run_dir is not None:
             print(message, file=sys.stdout, flush=True)
 
-    def text(self, tag: str, text: str) -> None:
-        if self.run_dir is not None:
-            self.tensorboard.add_text(tag, f"```\n{text}\n```")
+    def record(self, resolved: Mapping[str, dict]) -> None:
+        """What was resolved and run, as RUN/config/NAME.json and as TensorBoard text."""
+        if self.run_dir is None:
+            return
+        (self.run_dir / "config").mkdir(exist_ok=True)
+        for name, values in resolved.items():
+            write_json(self.run_dir / "config" / f"{name}.json", values)
+            text = json.dumps(values, indent=1, ensure_ascii=False)
+            self.tensorboard.add_text(f"config/{name}", f"```\n{text}\n```")
 
     def close(self) -> None:
         if self.run_dir is not None:

@@ -193,6 +193,7 @@ def write_report(quality: dict, path: Path) -> None:
         "| command | minutes | steps |", "| --- | --- | --- |",
         *(f"| {k.removesuffix('_training')} | {v['minutes']:g} | {v['steps']} |"
           for k, v in training.items()), "",
+        *(v["note"] + "\n" for v in training.values() if "note" in v),
         f"All files together: {quality['sizes']['total_mb']} MB, fp16 safetensors.",
     ]
     path.write_text("\n".join(lines) + "\n")
