@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ -d .venv/bin ]] && export PATH="$PWD/.venv/bin:$PATH"   # ninja must be found
 if [[ -z "${NPROC:-}" ]]; then
-  NPROC=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  NPROC=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [[ "$NPROC" -gt 0 ]] || NPROC=1
 fi
 if ! nvidia-smi --list-gpus >/dev/null 2>&1; then

@@ -63,3 +63,18 @@ def test_batch_script_trains_under_sruns_variables(tmp_path):
     assert "2 ranks (srun), ZeRO-3" in done.stdout
     assert "END" in done.stdout and "exit 0" in done.stdout
     assert sorted(records(tmp_path / "run", "train/loss")) == [1, 2]
+
+
+def test_local_starts_one_process_where_there_is_no_gpu(tmp_path):
+    """Also without nvidia-smi, whose absence must not end the script in silence."""
+    write_executable(tmp_path / "torchrun", '#!/bin/sh\necho torchrun "$@"\n')
+    script = tmp_path / "launch" / "local.sh"  # away from the checkout's own .venv/bin/torchrun
+    script.parent.mkdir()
+    script.write_text((ROOT / "launch" / "local.sh").read_text())
+    done = subprocess.run(
+        ["bash", str(script), "configs/x.yaml", "a=1"], capture_output=True, text=True, check=False,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )
+    assert done.stdout.strip() == (
+        "torchrun --standalone --nproc-per-node=1 train.py configs/x.yaml a=1"
+    ), done.stderr
