@@ -257,8 +257,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--wan", required=True, help="Wan2.2 diffusers folder or hub id")
     parser.add_argument("--tangoflux", required=True, help="TangoFlux folder or hub id")
-    names = "fps frames height width min_source_fps silence_dbfs audio_pad_seconds"
-    for name in names.split():
+    for name in "fps frames height width min_source_fps silence_dbfs audio_pad_seconds".split():
         default = getattr(spec, name)
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
