@@ -18,7 +18,6 @@ setup(
         "diffusers>=0.39",
         "mosaicml-streaming==0.13.0",
         "numpy",
-        "einops",
         "tensorboard",
         "pyyaml",
         "pydantic>=2",
@@ -33,6 +32,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],  # source-only: needs nvcc and a GPU machine
+        "flash4": ["flash-attn-4"],  # pure Python, for Hopper and later
         "dev": [
             "pytest",
             "pytest-timeout",

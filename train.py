@@ -22,34 +22,24 @@ import torch
 
 from data.dataset import DataConfig, HeldOut, build_loader
 from data.schema import Batch, DataError, Metadata, check_root, load_text_states
-from model import AVFullDiT, AVFullDiTConfig
+from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.attention import Attention
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from model.pretrained import (
     PretrainedError,
+    check_weights,
     load_pretrained,
     new_parameter_names,
     read_tower_configs,
 )
+from model.selfcheck import check_stitch, describe
 from training import engine as ds
-from training.checkpoint import (
-    check_same_model,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from training.checkpoint import check_same_model, find_checkpoint, load_checkpoint, save_checkpoint
 from training.config import ConfigError, load_config
 from training.distributed import World, WorldError, resolve_world, shutdown, start, sum_over_ranks
 from training.metrics import Clock, MetricWriter, format_seconds, peak_memory_gib
 from training.run_dir import CheckpointError, lock_run
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """What the two backbones do not say themselves."""
-
-    num_joint_blocks: int = 18  # Nav: exactly TangoFlux's single-stream blocks
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class RunConfig:
     data: DataConfig
     task: Literal["t2av", "t2v"] = "t2av"
     seed: int = 0
-    model: ModelSection = field(default_factory=ModelSection)
+    model: JointConfig = field(default_factory=JointConfig)  # the ablations
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: ds.OptimizerConfig = field(default_factory=ds.OptimizerConfig)
     warmup_steps: int = 100  # linear, then constant
@@ -72,6 +62,8 @@ class RunConfig:
     deepspeed: str = "ds_configs/zero2.json"
     recompute: Literal["none", "full"] = "none"
     attention: str = "auto"
+    self_check: bool = True  # at the first start: the stitched model contains both backbones
+    check: Literal["none", "weights"] = "none"  # weights: report on the downloads and stop
     log_every: int = 1
     validate_every: int = 500
     validation_samples: int | None = None  # None: the whole held-out split
@@ -112,7 +104,7 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
             task=config.task,
             video=video,
             audio=audio if config.task == "t2av" else None,
-            num_joint_blocks=config.model.num_joint_blocks,
+            **dataclasses.asdict(config.model),
             fps=metadata.fps,
             video_temporal_stride=metadata.video_temporal_stride,
             sample_rate=metadata.sample_rate,
@@ -157,7 +149,8 @@ def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
 
 
 def train_step(
-    engine: Any, batch: Batch, epoch: int, objective: Objective, empty: dict[str, torch.Tensor]
+    engine: Any, batch: Batch, epoch: int, objective: Objective, empty: dict[str, torch.Tensor],
+    cross_modal_bias: float = 0.0,
 ) -> torch.Tensor:
     """One optimiser update from this rank's share of the global batch.
 
@@ -170,7 +163,7 @@ def train_step(
     for begin in range(0, len(batch.sample_ids), micro):
         part = slice(begin, begin + micro)
         noised = objective.noise(batch.part(part), t[part], epoch, engine.device)
-        video, audio = objective.losses(engine, noised)
+        video, audio = objective.losses(engine, noised, cross_modal_bias)
         # Equal micro-batches: the mean of their means is the mean over the global batch.
         engine.backward(objective.total(video.mean(), audio.mean()))
         engine.step()
@@ -247,8 +240,9 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
     lock = lock_run(run_dir, world)
     tag = find_checkpoint(run_dir, world)
     if tag:
-        check_same_model(tag, dataclasses.asdict(plan.model))
-    model = build_model(config, plan, fresh=tag is None)
+        check_same_model(tag, dataclasses.asdict(plan.model), dataclasses.asdict(AVFullDiTConfig()))
+    fresh = tag is None
+    model = build_model(config, plan, fresh)
     engine, rates = ds.build_engine(
         model, new_parameter_names(model), config.optimizer, plan.deepspeed
     )
@@ -268,6 +262,9 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
                        "data": dataclasses.asdict(plan.metadata),
                        "model": dataclasses.asdict(plan.model)})
         announce(config, world, model, first, plan.deepspeed, writer)
+    if fresh and config.self_check:
+        found = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
+        writer.say(f"stitch self-check: deviation from the backbones {describe(found)}")
 
     step, clock, began = first, Clock(), Clock()
     sums, counted = torch.zeros(2, dtype=torch.float64, device=engine.device), 0
@@ -289,7 +286,8 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
             break
         ds.set_learning_rate(engine, rates, warmup(step, config))
         epoch, batch = next(loader)
-        sums += train_step(engine, batch, epoch, objective, empty)
+        bias = config.model.cross_modal_bias(step)
+        sums += train_step(engine, batch, epoch, objective, empty, bias)
         step, counted = step + 1, counted + 1
         if step % config.log_every == 0 or step == config.max_steps:
             losses = (sum_over_ranks(sums) / (counted * world.world_size)).tolist()
@@ -306,10 +304,9 @@ def announce(
     writer: MetricWriter,
 ) -> None:
     """What is about to run, once."""
-    total = sum(torch.Size(ds.full_shape(p)).numel() for p in model.parameters())
     new = new_parameter_names(model)
-    added = sum(torch.Size(ds.full_shape(p)).numel()
-                for name, p in model.named_parameters() if name in new)
+    total = ds.count_parameters(model.parameters())
+    added = ds.count_parameters(p for name, p in model.named_parameters() if name in new)
     writer.say(
         f"{config.task}: {total:,} parameters, {added:,} of them new; attention "
         f"{model.attention_kernel}; recompute {config.recompute}\n"
@@ -330,6 +327,10 @@ def main(arguments: list[str]) -> int:
     try:
         world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
+        if config.check == "weights":
+            fits, report = check_weights(config.task, config.model, config.wan, config.tangoflux)
+            print(report)
+            return 0 if fits else 78
         plan = build_plan(config, world)
         start(world, config.timeout_minutes)
         started = True

@@ -37,6 +37,7 @@ class CutSpec:
     hop: int = 2048  # samples per audio latent
     min_source_fps: float = 12.0
     silence_dbfs: float = -60.0  # mean volume over the cut
+    audio_pad_seconds: float = 0.0  # zeros after the cut's sound up to here; TangoFlux saw 30 s
 
     @property
     def duration(self) -> float:
@@ -51,6 +52,12 @@ class CutSpec:
     @property
     def num_samples(self) -> int:
         return self.num_latents * self.hop
+
+    @property
+    def padded_latents(self) -> int:
+        """Audio latents as stored, whole ones: 30 s are the 645 that TangoFlux was trained on."""
+        padded = math.floor(Fraction(self.audio_pad_seconds) * self.sample_rate / self.hop)
+        return max(self.num_latents, padded)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Cut:
     """One decoded cut."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8
-    audio: np.ndarray  # (N, 2) float32, zero where the source has ended
+    audio: np.ndarray  # (N, 2) float32, zero where the source or the cut has ended
     facts: Facts
 
 
@@ -92,6 +99,9 @@ def read_cut(path: str | Path, spec: CutSpec, t0: float | None = None) -> Cut:
     if mean_dbfs < spec.silence_dbfs:
         raise Rejected("silent", f"{mean_dbfs:.1f} dBFS over the cut at {begin:.3f} s")
     facts = Facts(begin, found.fps, found.duration, width, height, mean_dbfs)
+    # Silence, not the source's further sound: the duration token says where the sound ends.
+    padding = (spec.padded_latents - spec.num_latents) * spec.hop
+    audio = np.pad(audio, ((0, padding), (0, 0)))
     return Cut(frames, audio, facts)
 
 

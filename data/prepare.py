@@ -150,7 +150,7 @@ def build_metadata(encoders: Encoders, spec: CutSpec) -> Metadata:
         latents_mean=list(vae.vae.config.latents_mean),
         latents_std=list(vae.vae.config.latents_std),
         video_latent_shape=[vae.latent_channels, latent_frames, height, width],
-        audio_latent_shape=[spec.num_latents, audio_vae.latent_channels],
+        audio_latent_shape=[spec.padded_latents, audio_vae.latent_channels],
         video_text_length=encoders.video_text.max_length,
         video_text_width=encoders.video_text.width,
         audio_text_length=AUDIO_TEXT_LENGTH,
@@ -257,7 +257,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--wan", required=True, help="Wan2.2 diffusers folder or hub id")
     parser.add_argument("--tangoflux", required=True, help="TangoFlux folder or hub id")
-    for name in ("fps", "frames", "height", "width", "min_source_fps", "silence_dbfs"):
+    for name in "fps frames height width min_source_fps silence_dbfs audio_pad_seconds".split():
         default = getattr(spec, name)
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
@@ -282,6 +282,7 @@ def main(arguments: list[str]) -> int:
             encoders.audio_vae.hop,
             args.min_source_fps,
             args.silence_dbfs,
+            args.audio_pad_seconds,
         )
         for left in args.out.parent.glob(f".{args.out.name}.partial-*"):
             print(

@@ -1,7 +1,8 @@
 """AVFullDiT: joint audio-video denoising from two pretrained towers, in plain PyTorch."""
 
-from model.audio_dit import AudioDiTConfig
-from model.avfulldit import AVFullDiT, AVFullDiTConfig
+from model.audio_blocks import AudioDiTConfig
+from model.avfulldit import AVFullDiT
+from model.joint_config import AVFullDiTConfig, JointConfig
 from model.video_dit import VideoDiTConfig
 
-__all__ = ["AVFullDiT", "AVFullDiTConfig", "AudioDiTConfig", "VideoDiTConfig"]
+__all__ = ["AVFullDiT", "AVFullDiTConfig", "AudioDiTConfig", "JointConfig", "VideoDiTConfig"]

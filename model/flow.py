@@ -12,25 +12,46 @@ from dataclasses import dataclass
 
 import torch
 
-STREAMS = ("t", "video_noise", "audio_noise", "caption_drop", "audio_vae")
+STREAMS = ("t", "audio_t", "video_noise", "audio_noise", "caption_drop", "audio_vae")
 DENSITIES = ("uniform", "logit_normal")
+AUDIO_T = ("shared", "shifted", "independent")
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Density of t before the shift, the shift, caption dropout, and the weights of Eq. 10."""
+    """Density of t before the shift, the shift, caption dropout, and the weights of Eq. 10.
+
+    ``audio_t`` "shared" is the paper's one t. "shifted" gives audio the same quantile of its own
+    density and shift, a function of the video's t that the sampler follows too. "independent" draws
+    audio's t from a random stream of its own.
+    """
 
     density: str = "uniform"
     shift: float = 5.0
     caption_dropout: float = 0.1
     video_loss_weight: float = 1.0
     audio_loss_weight: float = 1.0
+    audio_t: str = "shared"
+    audio_density: str = "uniform"
+    audio_shift: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.density not in DENSITIES:
-            raise ValueError(f"flow.density={self.density!r} is unknown; use one of {DENSITIES}")
-        if self.shift <= 0:
-            raise ValueError(f"flow.shift={self.shift} must be above 0; 1 means no shift")
+        for name, known in (
+            ("density", DENSITIES), ("audio_density", DENSITIES), ("audio_t", AUDIO_T),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"flow.{name}={getattr(self, name)!r} is unknown; use {known}")
+        for name in ("shift", "audio_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"flow.{name}={getattr(self, name)} must be above 0; 1 means no shift"
+                )
+        for name in ("audio_density", "audio_shift"):
+            if self.audio_t == "shared" and getattr(self, name) != getattr(FlowConfig, name):
+                raise ValueError(
+                    f"flow.{name}={getattr(self, name)} has no effect with flow.audio_t=shared; "
+                    "use audio_t=shifted or independent, or remove the key"
+                )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"flow.caption_dropout={self.caption_dropout} must be within [0, 1]")
         if min(self.video_loss_weight, self.audio_loss_weight) < 0:
@@ -78,13 +99,28 @@ def keyed_uniform(stream: str, seed: int, epoch: int, sample_ids: Sequence[str])
 
 def sample_t(config: FlowConfig, u: torch.Tensor) -> torch.Tensor:
     """Map uniform u (B,) to t (B,) float32 in [0, 1]: density first, then the flow shift."""
-    u = u.double()
-    t = torch.sigmoid(torch.special.ndtri(u)) if config.density == "logit_normal" else u
-    return shift_t(t, config.shift).float()
+    return _from_quantile(u.double(), config.density, config.shift).float()
+
+
+def sample_audio_t(config: FlowConfig, u: torch.Tensor) -> torch.Tensor:
+    """`sample_t` with the audio's own density and shift."""
+    return _from_quantile(u.double(), config.audio_density, config.audio_shift).float()
+
+
+def shifted_audio_t(config: FlowConfig, t: torch.Tensor) -> torch.Tensor:
+    """The audio's t (B,) at the quantile that ``t`` (B,) has among the video's."""
+    t = shift_t(t.double(), 1 / config.shift).clamp(0, 1)  # rounding may step past 1
+    u = torch.special.ndtr(torch.logit(t)) if config.density == "logit_normal" else t
+    return sample_audio_t(config, u)
+
+
+def _from_quantile(u: torch.Tensor, density: str, shift: float) -> torch.Tensor:
+    t = torch.sigmoid(torch.special.ndtri(u)) if density == "logit_normal" else u
+    return shift_t(t, shift)
 
 
 def shift_t(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """Wan's flow shift s t / (1 + (s - 1) t); the sampler uses the same map."""
+    """Wan's flow shift s t / (1 + (s - 1) t), undone by 1 / s; the sampler uses the same map."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -142,16 +142,41 @@ class ExpandedLinear(nn.Linear):
         return torch.cat((pretrained, F.linear(x, self.new_weight, self.new_bias)), dim=-1)
 
 
-class SingleOutput(nn.Linear):
-    """TangoFlux's output projection over [attention | MLP], for joint blocks with new rows.
+class ExpandedOutput(nn.Linear):
+    """An output projection with new rows: A_a [W_a^o ; W_an^o] of Eq. 9.
 
-    Eq. 9: A_a [W_a^o ; W_an^o]. The new rows (``new_dim`` > 0) act on the new heads' output and
-    start at zero, so that at step 0 the new heads add nothing to the audio. No new bias.
+    The new rows (``new_dim`` > 0) act on the new heads' output. With ``new_std`` 0 they start at
+    zero, so that at step 0 the new heads add nothing to the audio. No new bias. ``mute_new`` leaves
+    them out of the forward: the self-check's way to see the pretrained projection alone.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, new_dim: int) -> None:
-        super().__init__(dim + hidden_dim, dim)
-        self.new_weight = nn.Parameter(torch.zeros(dim, new_dim)) if new_dim else None
+    def __init__(self, in_dim: int, out_dim: int, new_dim: int, new_std: float = 0.0) -> None:
+        super().__init__(in_dim, out_dim)
+        self.mute_new = False
+        self.new_weight = _new_weight(out_dim, new_dim, new_std) if new_dim else None
+
+    def add_new(self, output: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """output (B, L, Ca) plus the new heads' (B, L, new_dim) share of it."""
+        if self.new_weight is None or self.mute_new:
+            return output
+        return output + F.linear(new, self.new_weight)
+
+
+class HeadsOutput(ExpandedOutput):
+    """Output projection of one stream of a double block: all its inputs are heads."""
+
+    def forward(self, attended: torch.Tensor) -> torch.Tensor:
+        """attended (B, L, Ca + new_dim) -> (B, L, Ca)."""
+        dim = self.weight.shape[1]
+        output = F.linear(attended[..., :dim], self.weight, self.bias)
+        return self.add_new(output, attended[..., dim:])
+
+
+class SingleOutput(ExpandedOutput):
+    """TangoFlux's output projection over [attention | MLP]; new rows belong between the two."""
+
+    def __init__(self, dim: int, hidden_dim: int, new_dim: int, new_std: float = 0.0) -> None:
+        super().__init__(dim + hidden_dim, dim, new_dim, new_std)
 
     def forward(  # type: ignore[override]
         self, attended: torch.Tensor, hidden: torch.Tensor
@@ -160,6 +185,9 @@ class SingleOutput(nn.Linear):
         dim = self.weight.shape[0]
         pretrained = torch.cat((attended[..., :dim], hidden), dim=-1)
         output = F.linear(pretrained, self.weight, self.bias)
-        if self.new_weight is None:
-            return output
-        return output + F.linear(attended[..., dim:], self.new_weight)
+        return self.add_new(output, attended[..., dim:])
+
+
+def _new_weight(rows: int, columns: int, std: float) -> nn.Parameter:
+    # Drawn in float32 also under a bf16 `zero.Init`: `normal_` in place would draw others there.
+    return nn.Parameter(torch.randn(rows, columns) * std if std else torch.zeros(rows, columns))

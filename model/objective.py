@@ -18,7 +18,9 @@ from model.flow import (
     flow_loss,
     keyed_normal,
     keyed_uniform,
+    sample_audio_t,
     sample_t,
+    shifted_audio_t,
     velocity_target,
 )
 
@@ -54,7 +56,7 @@ B = TypeVar("B", bound=LatentBatch)
 class Noised(NamedTuple):
     """One micro-batch as the model meets it."""
 
-    inputs: dict[str, Tensor]  # keyword arguments of AVFullDiT.forward
+    inputs: dict[str, Any]  # keyword arguments of AVFullDiT.forward
     video_target: Tensor  # (B, C, T, H, W)
     audio_target: Tensor | None  # (B, L, C); None in t2v
 
@@ -76,6 +78,18 @@ class Objective:
     def draw_t(self, sample_ids: Sequence[str], epoch: int) -> Tensor:
         """(B,) float32 in [0, 1]; 1 is noise."""
         return sample_t(self.flow, keyed_uniform("t", self.seed, epoch, sample_ids)).float()
+
+    def audio_t(self, t: Tensor, sample_ids: Sequence[str], epoch: int) -> Tensor:
+        """The audio's t (B,) for the video's ``t`` (B,); the same one by default.
+
+        The held-out grid gives both modalities one t also where training draws them apart.
+        """
+        if self.flow.audio_t == "shifted":
+            return shifted_audio_t(self.flow, t)
+        if self.flow.audio_t == "independent" and epoch != VALIDATION_EPOCH:
+            draws = keyed_uniform("audio_t", self.seed, epoch, sample_ids)
+            return sample_audio_t(self.flow, draws).to(t)
+        return t
 
     def drop_captions(self, batch: B, epoch: int, empty: Mapping[str, Tensor]) -> B:
         """Both captions of some samples replaced by the encoded "", so guidance stays valid.
@@ -103,24 +117,27 @@ class Objective:
         """Eq. 2-3: x_t = (1 - t) x0 + t eps, one t for both modalities, independent eps.
 
         Args:
-            t: (B,) in [0, 1].
+            t: (B,) in [0, 1]; the audio's follows from it (`audio_t`).
         """
         key = (self.seed, epoch, batch.sample_ids)
         t = t.to(device=device, dtype=torch.float32)
         video = batch.video_latents.to(device)  # (B, C, T, H, W)
         video_noise = keyed_normal("video_noise", *key, video.shape[1:], device)
-        inputs = {
+        inputs: dict[str, Any] = {
             "noisy_video": add_noise(video, video_noise, t),
             "t": t,
             "video_text": batch.video_text.to(device),
+            "video_text_rows": distinct_rows(batch.video_text),
         }
         if self.task == "t2v":
             return Noised(inputs, velocity_target(video, video_noise), None)
         mean, std = batch.audio_mean.to(device), batch.audio_std.to(device)
         audio = mean + std * keyed_normal("audio_vae", *key, mean.shape[1:], device)  # (B, L, C)
         audio_noise = keyed_normal("audio_noise", *key, mean.shape[1:], device)
+        audio_t = self.audio_t(t, batch.sample_ids, epoch)
         inputs |= {
-            "noisy_audio": add_noise(audio, audio_noise, t),
+            "audio_t": audio_t,
+            "noisy_audio": add_noise(audio, audio_noise, audio_t),
             "audio_text": batch.audio_text.to(device),
             "audio_text_mask": batch.audio_text_mask.to(device),
             "duration": batch.duration.to(device),
@@ -129,9 +146,13 @@ class Objective:
             inputs, velocity_target(video, video_noise), velocity_target(audio, audio_noise)
         )
 
-    def losses(self, model: Callable[..., Any], noised: Noised) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, model: Callable[..., Any], noised: Noised, cross_modal_bias: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Eq. 3, (B,) per modality, mean over elements; audio is zero in a t2v run."""
-        video_velocity, audio_velocity = model(**noised.inputs)
+        video_velocity, audio_velocity = model(
+            **noised.inputs, cross_modal_bias=cross_modal_bias
+        )
         video = flow_loss(video_velocity, noised.video_target)
         if noised.audio_target is None:
             return video, torch.zeros_like(video)
@@ -140,3 +161,16 @@ class Objective:
     def total(self, video: Any, audio: Any) -> Any:
         """Eq. 10: the weighted sum, of tensors or of numbers."""
         return self.flow.video_loss_weight * video + self.flow.audio_loss_weight * audio
+
+
+def distinct_rows(video_text: Tensor) -> int | None:
+    """Rows of zero-padded states (B, Nt, D) up to the first that is padding in every sample.
+
+    Rounded up to a multiple of 32, so that few shapes occur. None on a GPU, where looking would
+    make the host wait, and means all rows.
+    """
+    if video_text.device.type != "cpu":
+        return None
+    used = video_text.ne(0).any(dim=2).any(dim=0).nonzero()  # rows that are real somewhere
+    real = int(used.max()) + 1 if len(used) else 0
+    return min(-(-(real + 1) // 32) * 32, video_text.shape[1])

@@ -1,9 +1,8 @@
 """Weights of the two backbones <-> ours, strictly and both ways.
 
-Wan comes as a diffusers folder (`transformer/`: one safetensors file, or an index and shards),
-TangoFlux as its own files (`tangoflux.safetensors`, `config.json`). Every released tensor has one
-parameter of equal shape here, so nothing is cut or padded; what we add is named `new_*`. Tensors
-are read one at a time. Called by train.py, tools and tests.
+Where the files are and how they name things is model.released's business. Every released tensor
+has one parameter of equal shape here, so nothing is cut or padded; what we add is named `new_*`.
+Tensors are read one at a time. Called by train.py, tools and tests.
 """
 
 import dataclasses
@@ -18,31 +17,23 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from model.audio_dit import AudioDiTConfig
-from model.avfulldit import AVFullDiT, AVFullDiTConfig
+from model.audio_blocks import AudioDiTConfig
+from model.avfulldit import AVFullDiT
 from model.config import strict_config
-from model.files import open_weights, read_json, tangoflux_file, wan_subfolder
+from model.files import tangoflux_file
+from model.joint_config import AVFullDiTConfig, JointConfig
+from model.names import is_new, released_name
+from model.released import (
+    TANGOFLUX_OTHER_TENSORS,
+    WAN_FIXED,
+    PretrainedError,
+    Released,
+    wan_config,
+)
 from model.video_dit import VideoDiTConfig
 
-# Keys of Wan's config.json whose value the video tower is written for.
-WAN_FIXED: dict[str, Any] = {
-    "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-    "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None,
-}
 # Keys of TangoFlux's config.json that say nothing about the transformer.
 TANGOFLUX_OTHER = ("uncondition", "text_encoder_name", "vae")
-# TangoFlux ships its frozen text encoder in the same file; model.encoders reads it.
-TANGOFLUX_OTHER_TENSORS = "text_encoder."
-TANGOFLUX_NAMES = {  # ours -> released, spelled as released
-    "duration_embedder.frequencies.": "duration_emebdder.time_positional_embedding.0.",
-    "duration_embedder.projection.": "duration_emebdder.time_positional_embedding.1.",
-    "fc.": "fc.",
-}
-SHOWN = 10  # offenders listed in one error
-
-
-class PretrainedError(ValueError):
-    """Weights or configs that are missing or do not fit; the message says which and why."""
 
 
 def read_tower_configs(
@@ -50,16 +41,7 @@ def read_tower_configs(
 ) -> tuple[VideoDiTConfig, AudioDiTConfig]:
     """Shapes of both towers from the two folders' (or hub ids') own config.json."""
     with _clear_errors():
-        folder = wan_subfolder(wan, "transformer", "config.json")
-        values = _public(read_json(folder / "config.json"))
-        where = f"{folder}/config.json:"
-        for key, expected in WAN_FIXED.items():
-            if key in values and values.pop(key) != expected:
-                raise PretrainedError(f"{where} {key} must be {expected!r}; use Wan2.2-TI2V-5B's")
-        missing = {field.name for field in dataclasses.fields(VideoDiTConfig)} - set(values)
-        if missing:
-            raise PretrainedError(f"{where} keys {sorted(missing)} are missing; download it again")
-        video = strict_config(VideoDiTConfig, values, where)
+        video = wan_config(wan)
         path, values = tangoflux_file(tangoflux, "tangoflux.safetensors")
         values = {k: v for k, v in _public(values).items() if k not in TANGOFLUX_OTHER}
         # Absent keys have the released values: TangoFlux's own loader reads them the same way.
@@ -69,28 +51,7 @@ def read_tower_configs(
 
 def new_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters no backbone has: W_an of Eq. 6 and 9, and their biases."""
-    return {name for name, _ in model.named_parameters() if _is_new(name)}
-
-
-def released_name(name: str, config: AVFullDiTConfig) -> tuple[str, str] | None:
-    """Our parameter name -> ("wan" | "tangoflux", released name); None for a new parameter."""
-    if _is_new(name):
-        return None
-    tower, rest = name.split(".", 1)
-    if tower == "joint_blocks":
-        index, tower, rest = rest.split(".", 2)
-        if tower == "video":
-            rest = f"blocks.{config.num_video_blocks + int(index)}.{rest}"
-        else:
-            assert config.audio is not None
-            first = config.audio.num_single_layers - config.num_joint_blocks
-            rest = f"single_transformer_blocks.{first + int(index)}.{rest}"
-    if tower == "video":
-        return "wan", rest.replace("modulation.scale_shift_table", "scale_shift_table")
-    for ours, released in TANGOFLUX_NAMES.items():
-        if rest.startswith(ours):
-            return "tangoflux", released + rest.removeprefix(ours)
-    return "tangoflux", "transformer." + rest
+    return {name for name, _ in model.named_parameters() if is_new(name)}
 
 
 def iter_pretrained(
@@ -103,6 +64,40 @@ def iter_pretrained(
     """
     expected = {name: tuple(p.shape) for name, p in _meta_model(config).named_parameters()}
     yield from _iter_checked(config, expected, wan, tangoflux)
+
+
+def open_released(
+    config: AVFullDiTConfig, wan: str | Path, tangoflux: str | Path | None
+) -> Released:
+    """The files that the task needs; their headers are read, nothing is checked."""
+    if config.task == "t2av" and tangoflux is None:
+        raise PretrainedError("task=t2av needs the tangoflux folder or hub id")
+    return Released(wan, tangoflux if config.task == "t2av" else None)
+
+
+def check_weights(
+    task: str, joint: JointConfig, wan: str | Path, tangoflux: str | Path
+) -> tuple[bool, str]:
+    """Whether the headers fit the model, and a report to read or to paste into an issue.
+
+    Reads no tensor: seconds, no GPU. Raises PretrainedError when a file cannot be read at all.
+    """
+    video, audio = read_tower_configs(wan, tangoflux)
+    with _clear_errors():
+        config = AVFullDiTConfig(task=task, video=video, audio=audio, **dataclasses.asdict(joint))
+    expected = {name: tuple(p.shape) for name, p in _meta_model(config).named_parameters()}
+    with _clear_errors():
+        released = open_released(config, wan, tangoflux)
+    lines = []
+    for tower, layout in released.layouts.items():
+        shapes = [shape for (owner, _), shape in released.shapes.items() if owner == tower]
+        count = sum(torch.Size(shape).numel() for shape in shapes)
+        lines.append(f"{tower}: {layout}: {len(shapes)} tensors, {count:,} parameters")
+    faults = released.fit(_wanted(expected, config))
+    if not faults:
+        return True, "\n".join([*lines, "every name and shape fits the model"])
+    title = f"{len(faults)} tensors do not fit the model:"
+    return False, "\n".join([*lines, title, *(f"  {fault}" for fault in faults)])
 
 
 @torch.no_grad()
@@ -167,73 +162,20 @@ def _iter_checked(
     tangoflux: str | Path | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Compare the files' headers with ``expected`` (our name -> shape), then read."""
-    ours = {released_name(name, config): name for name in expected if not _is_new(name)}
+    ours = {released_name(name, config): name for name in expected if not is_new(name)}
     with _clear_errors():
-        files = {"wan": _wan_files(wan)}
-        if config.task == "t2av":
-            if tangoflux is None:
-                raise PretrainedError("task=t2av needs the tangoflux folder or hub id")
-            files["tangoflux"] = [tangoflux_file(tangoflux, "tangoflux.safetensors")[0]]
-        headers = {(tower, name): shape for tower, paths in files.items()
-                   for path in paths for name, shape in _shapes(path).items()}
-        wanted = {key: expected[name] for key, name in ours.items() if key is not None}
-        _require_equal(wanted, headers, wan, tangoflux)
-        for tower, paths in files.items():
-            for path in paths:
-                with open_weights(path) as file:
-                    for name in file.keys():
-                        if (tower, name) in ours:
-                            yield ours[tower, name], file.get_tensor(name)
+        released = open_released(config, wan, tangoflux)
+        released.require(_wanted(expected, config))
+        for key, tensor in released:
+            yield ours[key], tensor
 
 
-def _require_equal(
-    wanted: Mapping[tuple[str, str], tuple[int, ...]],
-    found: Mapping[tuple[str, str], tuple[int, ...]],
-    wan: str | Path,
-    tangoflux: str | Path | None,
-) -> None:
-    """One PretrainedError that lists the first missing, extra and misshapen tensors."""
-    faults = [
-        f"{tower}: {name}: model {wanted.get((tower, name), 'has none')}, "
-        f"file {found.get((tower, name), 'has none')}"
-        for tower, name in sorted(wanted.keys() | found.keys())
-        if wanted.get((tower, name)) != found.get((tower, name))
-    ]
-    if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise PretrainedError(
-            f"{len(faults)} tensors of wan={wan}, tangoflux={tangoflux} do not fit the model; "
-            "config and weights must come from the same release: "
-            + "; ".join(faults[:SHOWN]) + more
-        )
-
-
-def _wan_files(wan: str | Path) -> list[Path]:
-    """The shards an index names, or the single safetensors file."""
-    folder = wan_subfolder(wan, "transformer", "config.json")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise PretrainedError(f"{indices[0]} has no 'weight_map'; download it again")
-        names = set(weight_map.values())
-        files = [folder / name for name in sorted(names)]
-        absent = [path.name for path in files if not path.is_file()]
-        if absent:
-            raise PretrainedError(f"wan={wan}: {indices[0]} names {absent[0]}, which is not there")
-    elif len(files) != 1:
-        raise PretrainedError(
-            f"wan={wan}: {folder} holds {len(files)} *.safetensors files and no index; it must "
-            "hold one file, or an index and its shards"
-        )
-    return files
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with open_weights(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
-                if not name.startswith(TANGOFLUX_OTHER_TENSORS)}
+def _wanted(
+    expected: Mapping[str, tuple[int, ...]], config: AVFullDiTConfig
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Shapes by (tower, released name), without the new parameters."""
+    names = {name: released_name(name, config) for name in expected}
+    return {key: expected[name] for name, key in names.items() if key is not None}
 
 
 def _released_state(
@@ -254,10 +196,6 @@ def _released_state(
 def _meta_model(config: AVFullDiTConfig) -> AVFullDiT:
     with torch.device("meta"):
         return AVFullDiT(config)
-
-
-def _is_new(name: str) -> bool:
-    return name.rsplit(".", 1)[-1].startswith("new_")
 
 
 def _public(values: dict[str, Any]) -> dict[str, Any]:

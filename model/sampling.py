@@ -44,6 +44,7 @@ def sample(
     shift: float = 5.0,
     guidance_video: float = 5.0,
     guidance_audio: float = 4.5,
+    audio_t: Callable[[torch.Tensor], torch.Tensor] | None = None,
     on_step: Callable[[int, int], Any] = lambda step, num_steps: None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Integrate the velocity from noise (t = 1) to latents (t = 0) with Euler steps.
@@ -51,21 +52,26 @@ def sample(
     ``model`` has the signature of AVFullDiT.forward. video_noise (B, C, T, H, W), and for t2av
     audio_noise (B, L, C) and duration (B,) seconds; without audio_noise the model is run as t2v.
     Returns normalised video latents and audio latents (or None), float32. ``on_step(done, total)``
-    reports progress. Guidance is uncond + scale * (cond - uncond), per modality.
+    reports progress. Guidance is uncond + scale * (cond - uncond), per modality. ``audio_t`` maps
+    video's t (N,) to audio's where training shifted it (`flow.shifted_audio_t`); None shares t.
     """
     device = video_noise.device
     scheduler = build_scheduler(num_steps, shift)
     sigmas = scheduler.sigmas.to(device, torch.float32)  # (N + 1), from 1 to 0
+    audio_sigmas = sigmas if audio_t is None else audio_t(sigmas)
     video, audio = video_noise.float(), None if audio_noise is None else audio_noise.float()
     for step in range(num_steps):
         t = sigmas[step].expand(video.shape[0])  # (B,)
-        video_cond, audio_cond = _velocities(model, video, audio, t, positive, duration)
-        video_uncond, audio_uncond = _velocities(model, video, audio, t, negative, duration)
+        # None, not an equal copy, keeps the call that every model of this signature takes.
+        own = None if audio_t is None else audio_sigmas[step].expand(video.shape[0])
+        video_cond, audio_cond = _velocities(model, video, audio, t, own, positive, duration)
+        video_uncond, audio_uncond = _velocities(model, video, audio, t, own, negative, duration)
         delta = sigmas[step + 1] - sigmas[step]
         video = video + delta * _guide(video_cond, video_uncond, guidance_video)
         if audio is not None:
             assert audio_cond is not None and audio_uncond is not None
-            audio = audio + delta * _guide(audio_cond, audio_uncond, guidance_audio)
+            audio_delta = audio_sigmas[step + 1] - audio_sigmas[step]
+            audio = audio + audio_delta * _guide(audio_cond, audio_uncond, guidance_audio)
         on_step(step + 1, num_steps)
     return video, audio
 
@@ -75,13 +81,15 @@ def _velocities(
     video: torch.Tensor,
     audio: torch.Tensor | None,
     t: torch.Tensor,
+    audio_t: torch.Tensor | None,
     prompts: Prompts,
     duration: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if audio is None:
         return model(video, t, prompts.video_text)
+    own_t = {} if audio_t is None else {"audio_t": audio_t}
     return model(
-        video, t, prompts.video_text, noisy_audio=audio, audio_text=prompts.audio_text,
+        video, t, prompts.video_text, **own_t, noisy_audio=audio, audio_text=prompts.audio_text,
         audio_text_mask=prompts.audio_text_mask, duration=duration,
     )
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from model.attention import QKV, Attention
@@ -56,7 +55,8 @@ class VideoContext(NamedTuple):
 
     time: torch.Tensor  # (B, C) timestep embedding, for the head
     modulation: torch.Tensor  # (B, 6, C) its projection, for the blocks
-    text: torch.Tensor  # (B, Nt, C)
+    text: torch.Tensor  # (B, rows, C): the caption's distinct rows, one padding row last
+    num_text: int  # keys of cross-attention; the last row stands for all beyond it
     rope: Rope
     grid: tuple[int, int, int]  # tokens per axis: frames, height, width
 
@@ -76,9 +76,15 @@ class VideoAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Cross-attention of x (B, L, C) to all of text (B, Nt, C), zero-padded rows included."""
-        return self.output(self.attend(*self.project(x, text)))
+    def forward(self, x: torch.Tensor, text: torch.Tensor, num_text: int) -> torch.Tensor:
+        """Cross-attention of x (B, L, C) to ``num_text`` rows, zero-padded ones included.
+
+        text (B, rows, C) holds the distinct rows; its last one is repeated up to ``num_text``
+        only after k and v were computed. The padding is attended as pretrained, not dropped.
+        """
+        query, key, value = self.project(x, text)
+        key, value = _repeat_last(key, num_text), _repeat_last(value, num_text)
+        return self.output(self.attend(query, key, value))
 
     def project(self, x: torch.Tensor, source: torch.Tensor) -> QKV:
         """Queries from x, keys and values from ``source``; heads are split head-major."""
@@ -109,7 +115,8 @@ class VideoBlock(nn.Module):
     def forward(self, tokens: torch.Tensor, context: VideoContext) -> torch.Tensor:
         """Unimodal block: tokens (B, Nv, C) -> (B, Nv, C)."""
         qkv, modulation = self.before_attention(tokens, context)
-        return self.after_attention(tokens, self.attend(*qkv), modulation, context)
+        tokens = self.add_attention(tokens, self.attend(*qkv), modulation)
+        return self.feed(tokens, modulation, context)
 
     def before_attention(
         self, tokens: torch.Tensor, context: VideoContext
@@ -122,21 +129,22 @@ class VideoBlock(nn.Module):
         return QKV(rotate(qkv.query, context.rope), rotate(qkv.key, context.rope),
                    qkv.value), modulation
 
-    def after_attention(
-        self,
-        tokens: torch.Tensor,
-        attended: torch.Tensor,
-        modulation: tuple[torch.Tensor, ...],
-        context: VideoContext,
+    def add_attention(
+        self, tokens: torch.Tensor, attended: torch.Tensor, modulation: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """Everything after self-attention's kernel; attended (B, Nv, H, D) -> (B, Nv, C)."""
-        gate, ffn_shift, ffn_scale, ffn_gate = modulation[2:]
+        """attended (B, Nv, H, D) -> tokens (B, Nv, C)."""
+        return (tokens.float() + self.attn1.output(attended) * modulation[2]).to(tokens.dtype)
+
+    def feed(
+        self, tokens: torch.Tensor, modulation: tuple[torch.Tensor, ...], context: VideoContext
+    ) -> torch.Tensor:
+        """Cross-attention to the caption, then FFN: tokens (B, Nv, C) -> the same."""
+        shift, scale, gate = modulation[3:]
         dtype = tokens.dtype
-        tokens = (tokens.float() + self.attn1.output(attended) * gate).to(dtype)
         # norm2 computes in float32 inside for bfloat16 input too; cross-attention has no gate.
-        tokens = tokens + self.attn2(self.norm2(tokens), context.text)
-        hidden = self.ffn(self._norm(tokens, ffn_shift, ffn_scale))
-        return (tokens.float() + hidden.float() * ffn_gate).to(dtype)
+        tokens = tokens + self.attn2(self.norm2(tokens), context.text, context.num_text)
+        hidden = self.ffn(self._norm(tokens, shift, scale))
+        return (tokens.float() + hidden.float() * gate).to(dtype)
 
     def _norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return (layer_norm(x.float(), self.eps) * (1 + scale) + shift).to(x.dtype)
@@ -175,27 +183,35 @@ class VideoDiT(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * patch[0] * patch[1] * patch[2])
 
     def embed(
-        self, noisy_video: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+        self,
+        noisy_video: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        text_rows: int | None = None,
+        time_scale: float = 1.0,
     ) -> tuple[torch.Tensor, VideoContext]:
-        """Latents (B, C, T, H, W), t (B,), text (B, Nt, Dt) -> tokens (B, Nv, Cv), context."""
+        """Latents (B, C, T, H, W), t (B,), text (B, Nt, Dt) -> tokens (B, Nv, Cv), context.
+
+        ``text_rows`` promises that row text_rows - 1 equals all that follow it (zero padding), so
+        that only so many rows are computed. ``time_scale`` multiplies the time index of RoPE.
+        """
         grid = self._token_grid(noisy_video)
         dtype = self.patch_embedding.weight.dtype
-        tokens = rearrange(self.patch_embedding(noisy_video.to(dtype)), "b c t h w -> b (t h w) c")
-        time, modulation, text = self.condition_embedder(t, text.to(dtype))
-        rope = video_rope(*grid, self.config.attention_head_dim, tokens.device)
-        return tokens, VideoContext(time, modulation, text, rope, grid)
+        tokens = self.patch_embedding(noisy_video.to(dtype))  # (B, C, F, H, W)
+        tokens = tokens.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, Nv, C), frame-major
+        time, modulation, rows = self.condition_embedder(t, text[:, :text_rows].to(dtype))
+        rope = video_rope(*grid, self.config.attention_head_dim, tokens.device, time_scale)
+        return tokens, VideoContext(time, modulation, rows, text.shape[1], rope, grid)
 
     def velocity(self, tokens: torch.Tensor, context: VideoContext) -> torch.Tensor:
         """Head: tokens (B, Nv, Cv) -> velocity (B, C, T, H, W) in float32."""
         shift, scale = self.modulation(context.time[:, None])  # shift first, unlike Flux's head
         normed = layer_norm(tokens.float(), self.config.eps) * (1 + scale) + shift
-        frames, height, width = context.grid
-        pt, ph, pw = self.config.patch_size
-        return rearrange(
-            self.proj_out(normed.to(tokens.dtype)).float(),
-            "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-            t=frames, h=height, w=width, pt=pt, ph=ph, pw=pw,
-        )
+        patches = self.proj_out(normed.to(tokens.dtype)).float()
+        # Out of a token come (pt, ph, pw, C), channels fastest.
+        patches = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, context.grid)
+        video = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, F, pt, H, ph, W, pw)
+        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, C, T, H, W)
 
     def _token_grid(self, noisy_video: torch.Tensor) -> tuple[int, int, int]:
         channels, *sizes = noisy_video.shape[1:]
@@ -210,3 +226,9 @@ class VideoDiT(nn.Module):
             )
         frames, height, width = (size // p for size, p in zip(sizes, patch, strict=True))
         return frames, height, width
+
+
+def _repeat_last(x: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, rows, H, D) -> (B, length, H, D) with the last row in every place beyond the rows."""
+    beyond = length - x.shape[1]
+    return x if not beyond else torch.cat((x, x[:, -1:].expand(-1, beyond, -1, -1)), dim=1)

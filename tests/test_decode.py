@@ -1,5 +1,6 @@
 """What is decoded from real and made-up files: which pictures, which samples, which reason."""
 
+import dataclasses
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_sound_that_ends_early_is_padded_with_zeros(tmp_path):
     assert len(cut.audio) == CutSpec(frames=25, sample_rate=16000, hop=512).num_samples
     assert mean_volume(cut.audio[:7900]) > -30
     assert np.abs(cut.audio[8200:]).max() == 0
+
+
+def test_audio_pad_seconds_adds_silence_and_no_further_sound(tmp_path):
+    path = write_media(tmp_path / "a.mkv", numbered(72), np.arange(72) / 24, noise(3))
+    plain = CutSpec(frames=25, height=48, width=64, sample_rate=16000, hop=512)
+    padded = dataclasses.replace(plain, audio_pad_seconds=2.0)
+    short, long = (read_cut(path, spec, 0.5) for spec in (plain, padded))
+    assert len(long.audio) == padded.padded_latents * 512 == 62 * 512
+    assert np.array_equal(long.audio[: len(short.audio)], short.audio)
+    assert not long.audio[len(short.audio) :].any()
+    assert long.facts == short.facts  # the volume filter hears the cut, not the padding
+    assert CutSpec(audio_pad_seconds=30.0).padded_latents == 645
+    assert CutSpec(audio_pad_seconds=1.0).padded_latents == CutSpec().num_latents
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])

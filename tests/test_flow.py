@@ -10,8 +10,10 @@ from model.flow import (
     keyed_generator,
     keyed_normal,
     keyed_uniform,
+    sample_audio_t,
     sample_t,
     shift_t,
+    shifted_audio_t,
     velocity_target,
 )
 
@@ -90,8 +92,22 @@ def test_noising_target_and_loss():
 
 @pytest.mark.parametrize(
     "change",
-    [{"density": "normal"}, {"shift": 0.0}, {"caption_dropout": 1.5}, {"audio_loss_weight": -1.0}],
+    [{"density": "normal"}, {"shift": 0.0}, {"caption_dropout": 1.5}, {"audio_loss_weight": -1.0},
+     {"audio_t": "own"}, {"audio_density": "normal", "audio_t": "shifted"}, {"audio_shift": 1.0}],
 )
 def test_wrong_settings_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         FlowConfig(**change)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("audio_density", ["uniform", "logit_normal"])
+def test_shifted_audio_t_has_the_video_ts_quantile(density, audio_density):
+    config = FlowConfig(density=density, shift=5.0, audio_t="shifted",
+                        audio_density=audio_density, audio_shift=1.0)
+    u = (torch.arange(999, dtype=torch.float64) + 1) / 1000
+    t = sample_t(config, u)
+    torch.testing.assert_close(shifted_audio_t(config, t), sample_audio_t(config, u), atol=1e-5,
+                               rtol=0)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(shifted_audio_t(config, ends), ends)

@@ -25,6 +25,7 @@ ALLOWED = {
 MODEL_FILES = (
     "model/pretrained.py",  # released weights in and out
     "model/files.py",  # finds, checks and reads weight files for the other two
+    "model/saving.py",  # a trained model's own folder
     "model/encoders.py",  # frozen encoders load themselves from released folders
 )
 FILE_CALLS = {

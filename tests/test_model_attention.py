@@ -1,68 +1,194 @@
-"""Every attention kernel present here against a float64 softmax."""
+"""Every attention kernel present here against a float64 softmax, forward and backward.
 
+flash-attn 2, 3 and 4 cannot be built or run everywhere. Their call contract is tested against
+stand-in packages with their layout, signature and return; the real kernels run where they are.
+"""
+
+import inspect
 import math
 
 import pytest
 import torch
 
-from model.attention import Attention, flash_attn_installed
+from model.attention import (
+    KERNELS,
+    PACKAGES,
+    Attention,
+    fastest,
+    installed,
+)
+
+CUDA = torch.device("cuda")
+CASES = [("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16),
+         ("sdpa_math", "cpu", torch.float32), ("sdpa_math", "cpu", torch.bfloat16),
+         ("sdpa_flash", "cpu", torch.float32), ("sdpa_flash", "cpu", torch.bfloat16)]
+if torch.cuda.is_available():
+    CASES += [(kernel, "cuda", torch.bfloat16) for kernel in KERNELS[1:]
+              if kernel not in PACKAGES or installed(kernel)]
 
 
-def available():
-    """(kernel, device, dtype) of each kernel that can run on this machine."""
-    cases = [("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16)]
-    if torch.cuda.is_available():
-        cases.append(("sdpa", "cuda", torch.bfloat16))
-        if flash_attn_installed():
-            cases.append(("flash_attn", "cuda", torch.bfloat16))
-    return cases
+def softmax_attention(query, key, value, bias=0.0):
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", (logits + bias).softmax(dim=-1), value)
 
 
-@pytest.mark.parametrize(("kernel", "device", "dtype"), available())
-def test_kernel_equals_softmax(kernel, device, dtype):
+def inputs(dtype, device, num_query, num_key, heads=3, dim=16):
     torch.manual_seed(0)
-    query = torch.randn(2, 7, 3, 16, device=device).to(dtype)
-    key, value = torch.randn(2, 2, 11, 3, 16, device=device).to(dtype)
+    draws = (torch.randn(2, n, heads, dim).to(device, dtype) for n in (num_query, num_key, num_key))
+    return [draw.requires_grad_() for draw in draws]
+
+
+def compare(kernel, device, dtype, num_query, num_key, heads=3, dim=16):
+    tensors = inputs(dtype, device, num_query, num_key, heads, dim)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     attend = Attention(kernel)
-    output = attend(query, key, value)
-    logits = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) / math.sqrt(16)
-    expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(dim=-1), value.double())
-    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
-    assert output.dtype == dtype and attend.kernel == kernel
-    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0)
+    output, expected = attend(*tensors), softmax_attention(*exact)
+    assert output.dtype == dtype and output.shape == expected.shape and attend.kernel == kernel
+    weights = torch.randn_like(expected)
+    (output.double() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(tensors, exact, strict=True))]
+    for ours, theirs in pairs:
+        assert (ours.double() - theirs).norm() / theirs.norm() < tolerance
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype"), CASES)
+def test_kernel_equals_softmax_forward_and_backward(kernel, device, dtype):
+    compare(kernel, device, dtype, 7, 11)
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype"), CASES)
+def test_kernel_at_the_papers_lengths(kernel, device, dtype):
+    """780 video, 44 audio, 65 text tokens: audio's queries over all keys of a joint block."""
+    compare(kernel, device, dtype, 44, 780 + 44 + 65, heads=2, dim=128)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "sdpa_math", "sdpa_flash"])
+def test_key_bias_is_added_to_the_logits(kernel):
+    query, key, value = inputs(torch.float32, "cpu", 5, 9)
+    bias = torch.linspace(-4, 0, 9)
+    output = Attention(kernel)(query, key, value, bias)
+    torch.testing.assert_close(output, softmax_attention(query, key, value, bias))
+
+
+STAND_IN = '''
+def flash_attn_func(q, k, v, {rest}):
+    """The contract: (B, L, H, D) in half precision, softmax_scale by name, layout kept."""
+    import torch
+    assert q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
+    assert q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and k.shape == v.shape
+    assert not causal and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * softmax_scale
+    output = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.float()).to(q.dtype)
+    return {returned}
+'''
+# Arguments after q, k, v as released, and what comes back.
+SIGNATURES = {
+    "flash_attn": ("dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), "
+                   "softcap=0.0, alibi_slopes=None, deterministic=False, "
+                   "return_attn_probs=False", "output"),
+    "flash_attn_3": ("softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, "
+                     "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, "
+                     "num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0",
+                     "output, logits.logsumexp(-1)"),
+    "flash_attn_4": ("softmax_scale=None, causal=False, window_size=(None, None), "
+                     "learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, "
+                     "deterministic=False", "output, None"),
+}
+FILES = {
+    "flash_attn": ("flash_attn/flash_attn_interface.py", "flash_attn/__init__.py"),
+    "flash_attn_3": ("flash_attn_interface.py",),
+    "flash_attn_4": ("flash_attn/cute/__init__.py",),
+}
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Writes a package that looks like the released one and puts it on the path."""
+
+    def write(kernel):
+        rest, returned = SIGNATURES[kernel]
+        for name in FILES[kernel]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(STAND_IN.format(rest=rest, returned=returned))
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    return write
+
+
+@pytest.mark.parametrize("kernel", list(SIGNATURES))
+def test_call_contract_of_the_flash_packages(stand_in, monkeypatch, kernel):
+    stand_in(kernel)
+    attend = Attention(kernel)
+    query, key, value = inputs(torch.bfloat16, "cpu", 7, 11)
+    monkeypatch.setattr(attend, "_choose", lambda device, dtype: kernel)  # as on a GPU
+    joint = torch.cat((key, key), dim=1)[:, :11]  # a slice of keys, as AVFull-Attention's
+    output = attend(query, joint, value)
+    assert attend.kernel == kernel and output.shape == query.shape
+    assert output.dtype == torch.bfloat16
+    expected = softmax_attention(query.double(), key.double(), value.double())
+    assert (output.double() - expected).norm() / expected.norm() < 1e-2
+    biased = attend(query, key, value, torch.full((11,), -1.0))  # equal on all keys: no effect
+    assert (biased.double() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("kernel", [name for name in PACKAGES if installed(name)])
+def test_installed_packages_have_the_stand_ins_signature(kernel):
+    from model.attention import _flash_attn_func
+
+    real = inspect.signature(_flash_attn_func(kernel)).parameters
+    assert list(real)[:3] == ["q", "k", "v"] and real["softmax_scale"].default is None
+
+
+def test_flash_attn_4_alone_is_not_flash_attn_2(stand_in):
+    stand_in("flash_attn_4")
+    assert installed("flash_attn_4") and not installed("flash_attn")
 
 
 def test_auto_resolves_once():
     attend = Attention("auto")
     assert attend.kernel is None
     assert attend.resolve(torch.device("cpu"), torch.float32) == "sdpa"
-    assert attend.resolve(torch.device("cuda"), torch.bfloat16) == "sdpa"
+    assert attend.resolve(CUDA, torch.bfloat16) == "sdpa"
 
 
 @pytest.mark.parametrize(
-    ("installed", "device", "dtype", "kernel"),
+    ("capability", "cudnn", "present", "kernel"),
     [
-        (True, "cuda", torch.bfloat16, "flash_attn"),
-        (True, "cuda", torch.float32, "sdpa"),
-        (True, "cpu", torch.bfloat16, "sdpa"),
-        (False, "cuda", torch.bfloat16, "sdpa"),
+        (8, 91900, {"flash_attn"}, "flash_attn"),
+        (8, 91900, set(), "sdpa"),
+        (9, 91900, {"flash_attn_3"}, "cudnn"),
+        (9, 91400, {"flash_attn_3", "flash_attn"}, "flash_attn_3"),
+        (9, 91400, set(), "sdpa"),
+        (10, 91900, {"flash_attn_4"}, "flash_attn_4"),
+        (12, 91900, set(), "cudnn"),
+        (7, 91900, {"flash_attn"}, "sdpa"),
     ],
 )
-def test_auto_takes_flash_where_it_can(monkeypatch, installed, device, dtype, kernel):
-    monkeypatch.setattr("model.attention.flash_attn_installed", lambda: installed)
-    assert Attention("auto").resolve(torch.device(device), dtype) == kernel
+def test_auto_takes_the_fastest_available(monkeypatch, capability, cudnn, present, kernel):
+    monkeypatch.setattr("model.attention.compute_capability", lambda device: capability)
+    monkeypatch.setattr("model.attention.installed", lambda name: name in present)
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: cudnn)
+    assert fastest(CUDA) == kernel
+    assert Attention("auto").resolve(CUDA, torch.float32) == "sdpa"
+    assert Attention("auto").resolve(torch.device("cpu"), torch.bfloat16) == "sdpa"
 
 
-def test_an_absent_kernel_says_how_to_install(monkeypatch):
-    monkeypatch.setattr("model.attention.flash_attn_installed", lambda: False)
-    with pytest.raises(ImportError, match="pip install flash-attn.*attention=sdpa"):
-        Attention("flash_attn")
+@pytest.mark.parametrize("kernel", list(PACKAGES))
+def test_an_absent_kernel_says_how_to_install(monkeypatch, kernel):
+    monkeypatch.setattr("model.attention.installed", lambda name: False)
+    with pytest.raises(ImportError, match="(pip install|build it from).*attention=sdpa"):
+        Attention(kernel)
 
 
-def test_flash_needs_half_precision_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("model.attention.flash_attn_installed", lambda: True)
+@pytest.mark.parametrize("kernel", ["flash_attn", "flash_attn_3", "flash_attn_4", "cudnn"])
+def test_gpu_kernels_need_half_precision_on_a_gpu(monkeypatch, kernel):
+    monkeypatch.setattr("model.attention.installed", lambda name: True)
     with pytest.raises(ValueError, match="needs bfloat16 or float16 on a GPU"):
-        Attention("flash_attn").resolve(torch.device("cpu"), torch.float32)
+        Attention(kernel).resolve(torch.device("cpu"), torch.float32)
 
 
 def test_unknown_kernel():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model import AVFullDiT, AVFullDiTConfig
 from model.attention import QKV, Attention
-from model.avfulldit import AVFullAttention
+from model.joint import AVFullAttention
 from model.pretrained import new_parameter_names
 from tests import towers
 
@@ -138,7 +138,7 @@ def test_inputs_must_match_the_task(released):
     [
         ({"task": "a2v"}, "model.task='a2v' is unknown; use t2av or t2v"),
         ({"audio": None}, "needs model.audio"),
-        ({"num_joint_blocks": 3}, "num_joint_blocks=3 must be 1 to 2"),
+        ({"num_joint_blocks": 4}, "num_joint_blocks=4 must be 1 to 3"),
         ({"audio_hop": 0}, "audio_hop=0 must be above 0"),
         ({"audio": replace(towers.AUDIO, num_attention_heads=4)}, "must be above"),
         (

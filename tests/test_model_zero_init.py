@@ -1,4 +1,4 @@
-"""Plain build == deepspeed.zero.Init build, parameter by parameter.
+"""What DeepSpeed makes of the model: equal parameters, the dtype table, memory of loading.
 
 zero.Init partitions a module as soon as its own __init__ returns; a parent that then writes a
 child's weight writes into an empty tensor, without an error. Hence: modules initialise themselves.
@@ -11,10 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WORKER = Path(__file__).with_name("zero_init_worker.py")
 
 
-def test_zero_init_builds_the_same_parameters():
+@pytest.fixture(scope="module")
+def result():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,6 +29,32 @@ def test_zero_init_builds_the_same_parameters():
         [sys.executable, str(WORKER)], capture_output=True, text=True, env=environment, timeout=300
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.strip().splitlines()[-1])
-    assert result["differing"] == []
-    assert result["found"] == result["parameters"] == result["partitioned"] > 100
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def test_zero_init_builds_the_same_parameters(result):
+    for build in (result, *result["variants"]):
+        assert build["differing"] == []
+        assert build["found"] == build["parameters"] == build["partitioned"] > 100
+
+
+def test_loading_under_zero_init_holds_no_second_copy(result):
+    """One tensor at a time: what is held beside the shards is a few tensors, not the model."""
+    loading = result["loading"]
+    assert loading["model_mib"] > 100 and loading["largest_mib"] < 0.05 * loading["model_mib"]
+    assert loading["growth_mib"] < 0.25 * loading["model_mib"], loading
+
+
+FLOAT32 = {"wan modulation", "duration angles", "velocities"}  # in every build
+
+
+def test_dtype_table(result):
+    """Weights follow the engine; what backbones.md computes in float32 stays float32."""
+    for build, weights in (("plain", "float32"), ("bf16 engine", "bfloat16"),
+                           ("zero.Init", "bfloat16")):
+        table = result["dtypes"][build]
+        assert table.pop("buffers") == "none", build  # zero.Init would cast them
+        assert table.pop("rope error") < 1e-6, build
+        for name in FLOAT32:
+            assert set(table.pop(name).split(", ")) == {"float32"}, (build, name)
+        assert set(table.values()) == {weights}, (build, table)

@@ -185,7 +185,7 @@ def test_alone_and_under_the_deepspeed_launcher(world):
         (["tangoflux=/nowhere"], "/nowhere"),
         (["data.root=/nowhere"], "/nowhere"),
         (["deepspeed=/nowhere.json"], "no such file"),
-        (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 2"),
+        (["model.num_joint_blocks=9"], "num_joint_blocks=9 must be 1 to 3"),
         (["max_steps=-1"], "max_steps=-1 must be at least 1"),
         (["validation_samples=0"], "validation_samples=0 must be at least 1"),
         (["gradient_clipping=-1"], "gradient_clipping=-1.0 must not be negative"),

@@ -1,12 +1,15 @@
-"""Build the tiny model plainly and under deepspeed.zero.Init, and compare every parameter.
+"""Build models plainly and under deepspeed.zero.Init: parameters, dtypes, and memory of loading.
 
 Run by tests/test_model_zero_init.py in a process of its own, because zero.Init patches torch.
-Prints one JSON object: parameters compared, partitioned ones, differing ones, fixed-point facts.
+Prints one JSON object: parameters compared, partitioned ones, differing ones, the dtype table, and
+host memory while a synthetic checkpoint streams in.
 """
 
 import json
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,7 +18,10 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from model import AVFullDiT  # noqa: E402
+from model.pretrained import export_wan, load_pretrained  # noqa: E402
+from model.rope import audio_rope, video_rope  # noqa: E402
 from tests import towers  # noqa: E402
+from training.engine import write_parameter  # noqa: E402
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -24,9 +30,13 @@ CONFIG = {
 }
 
 
-def build(seed: int = 7) -> AVFullDiT:
+BF16 = CONFIG | {"bf16": {"enabled": True}}
+MIB = 2**20
+
+
+def build(config=towers.EARLY_SINGLE, seed: int = 7) -> AVFullDiT:
     torch.manual_seed(seed)
-    return AVFullDiT(towers.EARLY_SINGLE)
+    return AVFullDiT(config)
 
 
 def gathered(model: AVFullDiT) -> dict[str, torch.Tensor]:
@@ -35,11 +45,11 @@ def gathered(model: AVFullDiT) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def main() -> None:
-    deepspeed.init_distributed("gloo")
-    plain = build()
+def compare(config) -> dict:
+    """Plain build against zero.Init build of one config."""
+    plain = build(config)
     with deepspeed.zero.Init(config_dict_or_path=CONFIG):
-        sharded = build()
+        sharded = build(config)
     shapes = {name: tuple(p.ds_shape) for name, p in sharded.named_parameters()}
     partitioned = sum(parameter.numel() == 0 for parameter in sharded.parameters())
     expected, found = plain.state_dict(), gathered(sharded)
@@ -48,10 +58,108 @@ def main() -> None:
         if name not in found or not torch.equal(expected[name], found[name])
         or tuple(expected[name].shape) != shapes[name]
     ]
-    print(json.dumps({
-        "parameters": len(expected), "found": len(found), "partitioned": partitioned,
-        "differing": differing,
-    }))
+    return {"parameters": len(expected), "found": len(found), "partitioned": partitioned,
+            "differing": differing}
+
+
+def dtypes(model: torch.nn.Module, bare: AVFullDiT) -> dict[str, str]:
+    """What the arithmetic runs in, seen from inside one forward."""
+    table = {}
+
+    def note(name):
+        def hook(module, args, output):
+            value = output[0] if isinstance(output, tuple) else output
+            table[name] = str(value.dtype).removeprefix("torch.")
+        return hook
+
+    block = bare.joint_blocks[0]
+    for name, module in {
+        "time embedding": bare.video.condition_embedder.time_embedder,
+        "wan modulation": block.video.modulation,
+        "wan affine norm": block.video.norm2,
+        "wan qk norm": block.video.attn1.norm_q,
+        "flux qk norm": block.audio.attn.norm_q,
+        "duration angles": bare.audio.duration_embedder.frequencies,
+        "projection": block.video.attn1.to_q,
+    }.items():
+        module.register_forward_hook(note(name))
+    with torch.no_grad():
+        outputs = model(**towers.joint_inputs())
+    table["velocities"] = ", ".join(str(out.dtype).removeprefix("torch.") for out in outputs)
+    table["parameters"] = ", ".join(sorted({str(p.dtype).removeprefix("torch.")
+                                            for p in bare.parameters()}))
+    table["rope error"] = rope_error()
+    table["buffers"] = ", ".join(str(buffer.dtype) for buffer in bare.buffers()) or "none"
+    return table
+
+
+def rope_error() -> float:
+    """Largest error of the tables of a 5 s clip against float64, here and now."""
+    place = torch.device("cpu")
+    rope = audio_rope(645, 65, (16, 56, 56), 3.588867, place)
+    frequencies = torch.cat([
+        10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in (16, 56, 56)])
+    exact = torch.arange(645, dtype=torch.float64)[:, None] / 3.588867 * frequencies
+    video = video_rope(31, 1, 1, 128, place)
+    time = torch.arange(31, dtype=torch.float64)[:, None] * 10000.0 ** (
+        -torch.arange(0, 44, 2, dtype=torch.float64) / 44)
+    errors = [rope.cos[:645] - exact.cos(), rope.sin[:645] - exact.sin(),
+              video.cos[:, :22] - time.cos(), video.sin[:, :22] - time.sin()]
+    assert rope.cos.dtype == video.cos.dtype == torch.float32
+    return max(error.abs().max().item() for error in errors)
+
+
+def dtype_table() -> dict[str, dict[str, str]]:
+    plain = build()
+    engine_model = build()
+    table = {"plain": dtypes(plain, plain)}
+    engine = deepspeed.initialize(
+        model=engine_model, config=BF16 | {"zero_optimization": {"stage": 0}})[0]
+    table["bf16 engine"] = dtypes(engine, engine_model)
+    with deepspeed.zero.Init(config_dict_or_path=BF16):
+        sharded = build()
+    engine = deepspeed.initialize(model=sharded, config=BF16)[0]
+    table["zero.Init"] = dtypes(engine, sharded)
+    return table
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that is no file's: mapped checkpoint pages are the kernel's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def loading(folder: Path, num_layers: int) -> dict[str, float]:
+    """Stream a synthetic Wan of 17 MiB a layer into a model built under zero.Init."""
+    video = replace(
+        towers.VIDEO, num_attention_heads=32, ffn_dim=2048, num_layers=num_layers
+    )
+    config = replace(towers.T2V, video=video)
+    export_wan(build(config).state_dict(), config, folder)
+    with deepspeed.zero.Init(config_dict_or_path=CONFIG):
+        model = build(config)
+    sizes = [torch.Size(p.ds_shape).numel() * 4 / MIB for p in model.parameters()]
+    before, peak = anonymous_mib(), 0.0
+
+    def write(parameter, tensor):
+        nonlocal peak
+        write_parameter(parameter, tensor)
+        peak = max(peak, anonymous_mib())
+
+    load_pretrained(model, folder, None, write=write)
+    return {"model_mib": sum(sizes), "largest_mib": max(sizes), "growth_mib": peak - before}
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo")
+    result = compare(towers.EARLY_SINGLE)
+    variants = ({"num_joint_blocks": 3, "init": "I0"}, {"fusion": "cross"})
+    result["variants"] = [compare(replace(towers.CONFIG, **change)) for change in variants]
+    with tempfile.TemporaryDirectory() as folder:
+        loading(Path(folder), 2)  # the allocator's own start is not the checkpoint's
+        result["loading"] = loading(Path(folder), 12)
+    result["dtypes"] = dtype_table()
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

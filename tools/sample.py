@@ -8,6 +8,7 @@ it is. Noise is keyed by (seed, prompt's place): a t2v run draws from the video 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE, Encoders
 from data.schema import DataError, Metadata
 from model import AVFullDiT, AVFullDiTConfig
 from model.files import one_line_errors
-from model.flow import keyed_normal
+from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
 from tools.contact_sheet import write_contact_sheet
 from training.checkpoint import CheckpointError, read_weights, tag_of
@@ -101,6 +102,9 @@ class Sampler:
         self.metadata = parse_config(Metadata, _read(config / "data.json"), f"{config}/data.json")
         self.device, self.task = device, _setting(run, where, "task")
         self.shift = _setting(run, where, "flow", "shift")
+        flow = parse_config(FlowConfig, run["flow"], f"{where}: flow")
+        shifted = flow.audio_t == "shifted"  # then audio's t is a function of the video's
+        self.audio_t = partial(shifted_audio_t, flow) if shifted else None
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with one_line_errors(ConfigError, f"{config}/model.json", RESTORE):
             self.config = AVFullDiTConfig.from_dict(_read(config / "model.json"))
@@ -147,6 +151,7 @@ class Sampler:
                 shift=self.shift,
                 guidance_video=arguments.guidance_video,
                 guidance_audio=arguments.guidance_audio,
+                audio_t=self.audio_t,
                 on_step=lambda done, total: bar.update(),
             )
         picture = self.encoders.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]

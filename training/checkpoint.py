@@ -173,9 +173,13 @@ def find_checkpoint(run_dir: Path, world: World) -> Path | None:
     return tag
 
 
-def check_same_model(tag: Path, model: dict) -> None:
-    """Refuse to resume another model, before anything is built."""
-    saved, now = read_manifest(tag)["model"], json.loads(json.dumps(model))
+def check_same_model(tag: Path, model: dict, defaults: dict) -> None:
+    """Refuse to resume another model, before anything is built.
+
+    A key younger than the checkpoint had the value that is its default now.
+    """
+    now = json.loads(json.dumps(model))
+    saved = json.loads(json.dumps(defaults)) | read_manifest(tag)["model"]
     for key in sorted(now):
         if saved.get(key) != now[key]:
             raise CheckpointError(

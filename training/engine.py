@@ -8,7 +8,7 @@ top-level key silently (a typo in `zero_optimization` trains at stage 0), so key
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,10 @@ def write_parameter(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape before sharding."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(torch.Size(full_shape(parameter)).numel() for parameter in parameters)
 
 
 def parameter_groups(

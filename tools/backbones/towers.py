@@ -17,7 +17,9 @@ from model import AudioDiTConfig, AVFullDiT, AVFullDiTConfig, VideoDiTConfig
 from model.attention import Attention
 from model.audio_dit import AudioDiT
 from model.flow import FlowConfig, add_noise, flow_loss, sample_t, velocity_target
-from model.pretrained import TANGOFLUX_NAMES, WAN_FIXED, load_pretrained, released_name
+from model.names import TANGOFLUX_NAMES, released_name
+from model.pretrained import load_pretrained
+from model.released import WAN_FIXED
 from tools.backbones import common
 from tools.backbones.clips import WINDOW_FRAMES
 from tools.backbones.latents import Latents, build, encode_captions, open_latents
@@ -95,19 +97,18 @@ class AudioTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = AudioDiT(AUDIO, AUDIO.num_single_layers, Attention("auto"))
+        self.model = AudioDiT(
+            AUDIO, AUDIO.num_layers, AUDIO.num_single_layers, Attention("auto")
+        )
 
     def velocity(self, noisy: torch.Tensor, t: torch.Tensor, batch: Latents) -> torch.Tensor:
         duration = torch.full_like(t, SECONDS)
-        audio, text, context = self.model.embed(
+        stream, context = self.model.embed(
             noisy, t, batch.audio_text, batch.audio_text_mask, duration, NATIVE_TAU
         )
-        for block in self.model.transformer_blocks:
-            audio, text = block(audio, text, context)
-        stream = torch.cat((audio, text), dim=1)
-        for block in self.model.single_transformer_blocks:
+        for block in (*self.model.transformer_blocks, *self.model.single_transformer_blocks):
             stream = block(stream, context)
-        return self.model.velocity(stream[:, :audio.shape[1]], context)
+        return self.model.velocity(stream[:, : context.num_audio], context)
 
     def loss(self, batch: Latents, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Flow loss (B,) at t from uniform u (B,); noise (2,B,L,C): of the flow, of the VAE."""

@@ -1,0 +1,93 @@
+"""The objective: audio's own t, and captions on their distinct rows."""
+
+import pytest
+import torch
+
+from data.schema import Batch
+from model import AVFullDiT
+from model.flow import FlowConfig, add_noise, keyed_normal
+from model.objective import VALIDATION_EPOCH, Objective, distinct_rows
+from tests import tiny, towers
+
+IDS = ["a", "b"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    text = torch.zeros(2, 64, tiny.WIDTH)
+    text[0, :9], text[1, :5] = torch.randn(9, tiny.WIDTH), torch.randn(5, tiny.WIDTH)
+    return Batch(
+        torch.randn(2, 48, 3, 4, 6), torch.randn(2, 10, 6), torch.zeros(2, 10, 6), text,
+        torch.randn(2, 5, tiny.WIDTH), torch.ones(2, 5, dtype=torch.bool), torch.ones(2), IDS,
+    )
+
+
+def objective(task="t2av", **flow):
+    return Objective(task, 0, FlowConfig(**flow))
+
+
+def test_one_t_is_shared_by_default(batch):
+    ours = objective()
+    t = ours.draw_t(IDS, 0)
+    assert torch.equal(ours.noise(batch, t, 0, CPU).inputs["audio_t"], t)
+
+
+@pytest.mark.parametrize("mode", ["shifted", "independent"])
+def test_audio_is_noised_at_its_own_t(batch, mode):
+    ours = objective(audio_t=mode, audio_shift=1.0)
+    t = ours.draw_t(IDS, 0)
+    assert torch.equal(t, objective().draw_t(IDS, 0))  # the video's t is that of its twin
+    inputs = ours.noise(batch, t, 0, CPU).inputs
+    audio_t = inputs["audio_t"]
+    assert (audio_t < t).all() if mode == "shifted" else not torch.allclose(audio_t, t)
+    noise = keyed_normal("audio_noise", 0, 0, IDS, (10, 6), "cpu")
+    assert torch.equal(inputs["noisy_audio"], add_noise(batch.audio_mean, noise, audio_t))
+    assert torch.equal(inputs["t"], t)
+
+
+def test_independent_t_depends_on_the_sample_alone(batch):
+    ours = objective(audio_t="independent")
+    t = ours.draw_t(IDS, 3)
+    one = ours.audio_t(t[1:], IDS[1:], 3)
+    assert torch.equal(one, ours.audio_t(t, IDS, 3)[1:])
+    assert not torch.equal(one, ours.audio_t(t[1:], IDS[1:], 4))
+    assert torch.equal(ours.audio_t(t, IDS, VALIDATION_EPOCH), t)  # the held-out grid is one t
+
+
+@torch.no_grad()
+def test_audio_t_reaches_the_audio_tower_alone(batch):
+    model = towers.randomise_new(AVFullDiT(towers.CONFIG))
+    inputs = objective().noise(batch, torch.tensor([0.3, 0.6]), 0, CPU).inputs
+    shared = model(**inputs, cross_modal=False)
+    own = model(**inputs | {"audio_t": torch.tensor([0.9, 0.1])}, cross_modal=False)
+    assert torch.equal(shared[0], own[0]) and not torch.allclose(shared[1], own[1])
+
+
+def test_t2v_meets_no_audio(batch):
+    inputs = objective("t2v").noise(batch, torch.tensor([0.3, 0.6]), 0, CPU).inputs
+    assert inputs.keys() == {"noisy_video", "t", "video_text", "video_text_rows"}
+
+
+def test_distinct_rows_of_a_batch(batch):
+    assert distinct_rows(batch.video_text) == 32  # 9 real rows, one of padding, rounded up
+    batch.video_text[1, 31] = 1.0
+    assert distinct_rows(batch.video_text) == 64
+    assert distinct_rows(torch.zeros(1, 20, 4)) == 20
+    assert distinct_rows(torch.zeros(2, 512, 4)) == 32
+
+
+def test_text_on_its_distinct_rows_equals_the_plain_path(batch):
+    """Outputs and every gradient; performance.md rank 9: the padding is computed once, not cut."""
+    results = []
+    for rows in (None, 32, 10):
+        torch.manual_seed(1)
+        model = towers.randomise_new(AVFullDiT(towers.CONFIG))
+        inputs = objective().noise(batch, torch.tensor([0.3, 0.6]), 0, CPU).inputs
+        outputs = model(**inputs | {"video_text_rows": rows})
+        sum(out.square().mean() for out in outputs).backward()
+        results.append([*outputs, *(parameter.grad for parameter in model.parameters())])
+    for other in results[1:]:
+        for plain, distinct in zip(results[0], other, strict=True):
+            torch.testing.assert_close(distinct, plain, atol=1e-6, rtol=1e-4)
