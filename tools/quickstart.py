@@ -94,7 +94,9 @@ def main() -> int:
         step("train under ZeRO-3", "env", "NPROC=2", "bash", "launch/local.sh", CONFIG,
              f"run_dir={run_dir}", f"data.root={shards}")
         step("sample", *python, "tools.sample", str(run_dir), "--prompts",
-             str(clips / "manifest.jsonl"), "--split", "validation", "--count", "2")
+             str(clips / "manifest.jsonl"), "--split", "validation", "--count", "2",
+             # Wan's own negative prompt is Chinese, which the tiny text encoder never read.
+             "--negative-video", "", "--guidance-video", "3", "--guidance-audio", "3")
         first, last = held_out(run_dir)
         check_losses(first, last)
         videos = sorted((run_dir / "samples").glob("**/*.mp4"))
