@@ -103,7 +103,7 @@ class Encoders:
         states, mask = self.audio_text.encode([record["audio_caption"]])
         [video_text] = self.video_text.encode([record["video_caption"]])
         record = record | dataclasses.asdict(cut.facts)
-        return pack(record, video, (mean, std), video_text, (states[0], mask[0]))
+        return pack(record, video, (mean, std), video_text, (states[0], mask[0]), mean.shape)
 
     def text_states(self) -> dict[str, Tensor]:
         """The encoded "" (caption dropout) and negative prompts (guidance), bfloat16."""

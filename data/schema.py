@@ -8,6 +8,7 @@ umT5 rows cut to their true length, Flan-T5 always 64 rows (backbones.md 7).
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-FORMAT = 1  # raise it when a column changes its meaning
+FORMAT = 2  # raise it when a column changes its meaning
 HASH = "xxh64"  # of every shard, in its index; checked when a process first touches it
 METADATA_FILE, TEXT_FILE, REJECTS_FILE = "dataset.json", "text.safetensors", "rejects.jsonl"
 
@@ -64,6 +65,7 @@ class Batch(NamedTuple):
     video_latents: Tensor  # (B, C, F, h, w) float32, normalised
     audio_mean: Tensor  # (B, L, C) float32
     audio_std: Tensor  # (B, L, C) float32
+    has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
     video_text: Tensor  # (B, Nt, D) bfloat16, zero-padded
     audio_text: Tensor  # (B, 64, D) bfloat16
     audio_text_mask: Tensor  # (B, 64) bool, True = token
@@ -85,6 +87,7 @@ def columns(metadata: Metadata) -> dict[str, str]:
         "video_latents": f"ndarray:float16:{video}",  # (C, F, h, w) raw
         "audio_mean": f"ndarray:float16:{audio}",  # (L, C) raw
         "audio_std": f"ndarray:float16:{audio}",  # (L, C)
+        "has_audio": "uint8",  # 0: a clip without sound
         "video_text": "ndarray:uint16",  # (n, D) bits of bfloat16
         "audio_text": f"ndarray:uint16:{text}",  # (64, D) bits of bfloat16
         "audio_text_mask": f"ndarray:uint8:{metadata.audio_text_length}",  # (64,)
@@ -95,24 +98,28 @@ def columns(metadata: Metadata) -> dict[str, str]:
 def pack(
     record: dict[str, Any],
     video_latents: Tensor,
-    audio: tuple[Tensor, Tensor],
+    audio: tuple[Tensor, Tensor] | None,
     video_text: Tensor,
     audio_text: tuple[Tensor, Tensor],
+    audio_latent_shape: Sequence[int],
 ) -> dict[str, Any]:
     """One sample as MDS columns, from tensors without a batch axis.
 
     Args:
         record: JSON values; `id` is the sample's name.
         video_latents: (C, F, h, w) raw.
-        audio: mean and std, (L, C) each.
+        audio: mean and std, (L, C) each; None for a clip without sound.
         video_text: (n, D).
         audio_text: states (64, D) and mask (64,).
+        audio_latent_shape: (L, C) of every sample of the data set, with and without sound.
     """
+    mean, std = audio or (torch.zeros(tuple(audio_latent_shape)),) * 2
     return {
         "id": record["id"],
         "video_latents": _half(video_latents),
-        "audio_mean": _half(audio[0]),
-        "audio_std": _half(audio[1]),
+        "audio_mean": _half(mean),
+        "audio_std": _half(std),
+        "has_audio": int(audio is not None),
         "video_text": _bits(video_text),
         "audio_text": _bits(audio_text[0]),
         "audio_text_mask": audio_text[1].cpu().numpy().astype(np.uint8),
@@ -129,6 +136,7 @@ def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
         video_latents=(latents - mean.view(shape)) / std.view(shape),  # (B, C, F, h, w)
         audio_mean=torch.stack([_float(sample["audio_mean"]) for sample in samples]),
         audio_std=torch.stack([_float(sample["audio_std"]) for sample in samples]),
+        has_audio=torch.tensor([bool(sample["has_audio"]) for sample in samples]),
         video_text=torch.stack(
             [_padded(_bfloat16(s["video_text"]), metadata.video_text_length) for s in samples]
         ),

@@ -4,7 +4,9 @@ What `data.prepare` writes, without clips and encoders: the columns, dataset.jso
 go through data.schema, the shards through streaming's own writer.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,10 +21,15 @@ SOUND = (12, 6)  # (L, C): ceil(9 / 24 * 16000 / 512) = 12
 TEXT_LENGTH = 16
 
 
-def write_shards(root: Path, train: int, validation: int) -> Path:
-    """Random samples with distinct captions; the same files for the same arguments."""
-    generator = torch.Generator().manual_seed(0)
-    metadata = Metadata(
+def write_shards(
+    root: Path, train: int, validation: int, silent: int = 0, seed: int = 0, **values: Any
+) -> Path:
+    """Random samples with distinct captions; the same files for the same arguments.
+
+    Every ``silent``-th sample (0: none) is without sound; ``values`` replace fields of Metadata.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    metadata = dataclasses.replace(Metadata(
         fps=FPS, frames=FRAMES, height=SIZE, width=SIZE, sample_rate=SAMPLE_RATE, audio_hop=HOP,
         video_temporal_stride=4, video_spatial_stride=16,
         latents_mean=VIDEO_VAE["latents_mean"], latents_std=VIDEO_VAE["latents_std"],
@@ -30,12 +37,13 @@ def write_shards(root: Path, train: int, validation: int) -> Path:
         video_text_length=TEXT_LENGTH, video_text_width=WIDTH,
         audio_text_length=64, audio_text_width=WIDTH,
         counts={"train": train, "validation": validation},
-    )
+    ), **values)
     for split, count in metadata.counts.items():
         with MDSWriter(out=str(root / split), columns=columns(metadata), compression="zstd",
                        hashes=[HASH], size_limit=1 << 16) as writer:
             for index in range(count):
-                writer.write(_sample(f"{split}{index:03d}", generator))
+                heard = not silent or (index + 1) % silent != 0
+                writer.write(_sample(f"{split}{index:03d}", metadata, heard, generator))
     save_metadata(root, metadata)
     mask = torch.arange(64) < 1
     save_file({
@@ -48,13 +56,17 @@ def write_shards(root: Path, train: int, validation: int) -> Path:
     return root
 
 
-def _sample(name: str, generator: torch.Generator) -> dict:
+def _sample(name: str, metadata: Metadata, heard: bool, generator: torch.Generator) -> dict:
     length = int(torch.randint(3, TEXT_LENGTH, (1,), generator=generator))
     mean = torch.tensor(VIDEO_VAE["latents_mean"])[:, None, None, None]
+    video = mean + torch.randn(metadata.video_latent_shape, generator=generator)
+    sound = metadata.audio_latent_shape
+    audio = torch.randn(sound, generator=generator), torch.rand(sound, generator=generator)
     return pack(
         {"id": name},
-        mean + torch.randn(LATENT, generator=generator),
-        (torch.randn(SOUND, generator=generator), torch.rand(SOUND, generator=generator)),
+        video,
+        audio if heard else None,
         torch.randn(length, WIDTH, generator=generator),
         (torch.randn(64, WIDTH, generator=generator), torch.arange(64) < length),
+        sound,
     )

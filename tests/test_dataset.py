@@ -150,6 +150,16 @@ def test_batch_has_the_schema(shards):
     assert zero.any() and torch.equal(zero, zero.cummax(dim=1).values)
 
 
+def test_clips_without_sound_are_told_apart(tmp_path):
+    held_out = HeldOut(DataConfig(str(write_shards(tmp_path / "mixed", 4, 6, silent=3))))
+    batch = held_out.batch(list(range(6)))
+    assert batch.has_audio.tolist() == [True, True, False] * 2
+    assert batch.has_audio.dtype == torch.bool
+    for stored in (batch.audio_mean, batch.audio_std):
+        assert torch.equal(stored.ne(0).any(2).any(1), batch.has_audio)
+    assert batch.part(slice(2, 4)).has_audio.tolist() == [False, True]
+
+
 def test_latents_are_normalised_at_load(shards):
     held_out, metadata = HeldOut(DataConfig(str(shards))), load_metadata(shards)
     raw = torch.from_numpy(held_out.dataset[2]["video_latents"].astype(np.float32))
@@ -214,8 +224,8 @@ def test_shard_damaged_after_it_was_unpacked_is_noticed(copy):
         (lambda p: (p / "train" / "index.json").write_text("{"), "index.json: damaged"),
         (lambda p: sorted((p / "train").glob("*.zstd"))[0].write_bytes(b"short"), "5 bytes, index"),
         (lambda p: (p / "dataset.json").unlink(), "no dataset.json.*data.prepare"),
-        (lambda p: (p / "dataset.json").write_text('{"format": 99}'), "format 99.*reads format 1"),
-        (lambda p: (p / "dataset.json").write_text('{"format": 1}'), "dataset.json: damaged"),
+        (lambda p: (p / "dataset.json").write_text('{"format": 99}'), "format 99.*reads format 2"),
+        (lambda p: (p / "dataset.json").write_text('{"format": 2}'), "dataset.json: damaged"),
         (lambda p: shutil.rmtree(p), "data.root=.*: no dataset.json; make it with"),
     ],
 )
