@@ -204,34 +204,26 @@ def warmup(step: int, config: RunConfig) -> float:
     return min(1.0, (step + 1) / max(config.warmup_steps, 1))
 
 
-def log_step(
-    step: int, losses: list[float], seconds: float, clock: Clock, engine: Any, config: RunConfig,
-    objective: Objective, writer: MetricWriter,
-) -> None:
-    """Losses, mean over the log period and all ranks -> console, TensorBoard, metrics.jsonl."""
+def step_values(
+    step: int, losses: list[float], engine: Any, config: RunConfig, objective: Objective
+) -> dict[str, float]:
+    """What is logged of a step: losses, mean over the log period and all ranks, and its update."""
     if not all(math.isfinite(loss) for loss in losses):
         raise FloatingPointError(
             f"loss is not finite at step {step} (video, audio = {losses}): lower optimizer.lr or "
             f"look at the batch; the last checkpoint is in {config.run_dir}/checkpoints"
         )
     tags = ["loss_video", "loss_audio"] if config.task == "t2av" else ["loss_video"]
-    values = {f"train/{tag}": loss for tag, loss in zip(tags, losses, strict=False)} | {
-        "train/loss": objective.total(*losses),
-        "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
-        "train/samples_seen": float(step * config.global_batch_size),
-        "time/step_seconds": seconds,
-        "memory/peak_gib": peak_memory_gib(engine.device),
-    }
+    values = {"train/loss": objective.total(*losses)}
+    values |= {f"train/{tag}": loss for tag, loss in zip(tags, losses, strict=False)}
     norm = engine.get_global_grad_norm()  # None in stage 0 with fp32, where DeepSpeed keeps none
     if norm is not None:
         values["train/grad_norm"] = float(norm)
-    writer.scalars(step, values)
-    writer.say(
-        f"step {step}/{config.max_steps}  loss {values['train/loss']:.4f}  "
-        + "  ".join(f"{tag[5:]} {values[f'train/{tag}']:.4f}" for tag in tags)
-        + f"  grad {values.get('train/grad_norm', math.nan):.3f}  lr {values['train/lr']:.2e}  "
-        f"{seconds:.2f} s/step  eta {clock.eta(config.max_steps - step)}"
-    )
+    return values | {
+        "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
+        "train/samples_seen": float(step * config.global_batch_size),
+        "memory/peak_gib": peak_memory_gib(engine.device),
+    }
 
 
 def run(config: RunConfig, plan: Plan, world: World) -> None:
@@ -261,7 +253,14 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
         writer.record({"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
                        "data": dataclasses.asdict(plan.metadata),
                        "model": dataclasses.asdict(plan.model)})
-        announce(config, world, model, first, plan.deepspeed, writer)
+        new = new_parameter_names(model)
+        added = (p for name, p in model.named_parameters() if name in new)
+        writer.say(
+            f"{config.task}: {ds.count_parameters(model.parameters()):,} parameters, "
+            f"{ds.count_parameters(added):,} of them new; attention {model.attention_kernel}; "
+            f"recompute {config.recompute}\n{ds.describe_batch(plan.deepspeed, world)}\n"
+            + (f"resuming at step {first}" if first else "starting from the pretrained backbones")
+        )
     if fresh and config.self_check:
         found = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
         writer.say(f"stitch self-check: deviation from the backbones {describe(found)}")
@@ -291,30 +290,13 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
         step, counted = step + 1, counted + 1
         if step % config.log_every == 0 or step == config.max_steps:
             losses = (sum_over_ranks(sums) / (counted * world.world_size)).tolist()
-            log_step(step, losses, clock.tick(counted), clock, engine, config, objective, writer)
+            values = step_values(step, losses, engine, config, objective)
+            writer.step(step, config.max_steps, values, clock.tick(counted), clock)
             sums, counted = torch.zeros_like(sums), 0
     writer.say(f"done: step {step} after {format_seconds(began.tick())}; run directory {run_dir}")
     writer.close()
     if lock:
         lock.close()
-
-
-def announce(
-    config: RunConfig, world: World, model: AVFullDiT, first: int, ds_config: dict[str, Any],
-    writer: MetricWriter,
-) -> None:
-    """What is about to run, once."""
-    new = new_parameter_names(model)
-    total = ds.count_parameters(model.parameters())
-    added = ds.count_parameters(p for name, p in model.named_parameters() if name in new)
-    writer.say(
-        f"{config.task}: {total:,} parameters, {added:,} of them new; attention "
-        f"{model.attention_kernel}; recompute {config.recompute}\n"
-        f"{world.world_size} ranks ({world.source}), ZeRO-{ds.zero_stage(ds_config)}, global batch "
-        f"{config.global_batch_size} = micro {ds_config['train_micro_batch_size_per_gpu']} x "
-        f"accumulation {ds_config['gradient_accumulation_steps']} x ranks {world.world_size}\n"
-        + (f"resuming at step {first}" if first else "starting from the two pretrained backbones")
-    )
 
 
 def main(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
 from training.config import ConfigError, nearest
-from training.distributed import on_gpu
+from training.distributed import World, on_gpu
 
 # Read from DeepSpeedConfig of 0.19.8; a test fails when an upgrade changes what it reads.
 TOP_LEVEL_KEYS = (
@@ -160,6 +160,15 @@ def write_parameter(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape before sharding."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def describe_batch(ds_config: dict[str, Any], world: World) -> str:
+    """How the global batch is made up, in words."""
+    return (
+        f"{world.world_size} ranks ({world.source}), ZeRO-{zero_stage(ds_config)}, global batch "
+        f"{ds_config['train_batch_size']} = micro {ds_config['train_micro_batch_size_per_gpu']} x "
+        f"accumulation {ds_config['gradient_accumulation_steps']} x ranks {world.world_size}"
+    )
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

@@ -6,6 +6,7 @@ TensorBoard is drawn from the same numbers. Only rank 0 writes.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -48,6 +49,19 @@ class MetricWriter:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for tag, value in values.items():
             self.tensorboard.add_scalar(tag, value, step)
+
+    def step(
+        self, step: int, max_steps: int, values: dict[str, float], seconds: float, clock: "Clock"
+    ) -> None:
+        """One training step: its scalars, and its line on the console."""
+        self.scalars(step, values | {"time/step_seconds": seconds})
+        losses = "  ".join(f"{tag.removeprefix('train/loss_')} {value:.4f}"
+                           for tag, value in values.items() if tag.startswith("train/loss_"))
+        self.say(
+            f"step {step}/{max_steps}  loss {values['train/loss']:.4f}  {losses}  "
+            f"grad {values.get('train/grad_norm', math.nan):.3f}  lr {values['train/lr']:.2e}  "
+            f"{seconds:.2f} s/step  eta {clock.eta(max_steps - step)}"
+        )
 
     def say(self, message: str) -> None:
         """A line for people; flushed, because jobs write to files."""
