@@ -38,6 +38,8 @@ class CutSpec:
     min_source_fps: float = 12.0
     silence_dbfs: float = -60.0  # mean volume over the cut
     audio_pad_seconds: float = 0.0  # zeros after the cut's sound up to here; TangoFlux saw 30 s
+    max_length_mismatch: float = 1.0  # seconds between the ends of picture and sound
+    max_digital_silence: float = 1.0  # share of exact zeros in the cut; 1: synthetic sound has many
 
     @property
     def duration(self) -> float:
@@ -90,6 +92,12 @@ def read_cut(path: str | Path, spec: CutSpec, t0: float | None = None) -> Cut:
     begin = choose_t0(found, spec, t0)
     if found.fps < spec.min_source_fps - 1e-3:
         raise Rejected("low_fps", f"{found.fps:.3f} fps, below {spec.min_source_fps:g}")
+    if found.length_mismatch > spec.max_length_mismatch:
+        raise Rejected(
+            "length_mismatch",
+            f"picture from {found.start:.3f} to {found.end:.3f} s, sound from "
+            f"{found.sound_start:.3f} to {found.sound_end:.3f} s",
+        )
     try:
         frames, (height, width) = _read_frames(path, found, begin, spec)
         audio = _read_audio(path, found, begin, spec)
@@ -98,6 +106,9 @@ def read_cut(path: str | Path, spec: CutSpec, t0: float | None = None) -> Cut:
     mean_dbfs = mean_volume(audio)
     if mean_dbfs < spec.silence_dbfs:
         raise Rejected("silent", f"{mean_dbfs:.1f} dBFS over the cut at {begin:.3f} s")
+    zeros = digital_silence(audio)
+    if zeros > spec.max_digital_silence:
+        raise Rejected("digital_silence", f"{zeros:.1%} of the cut's sound is exact zeros")
     facts = Facts(begin, found.fps, found.duration, width, height, mean_dbfs)
     # Silence, not the source's further sound: the duration token says where the sound ends.
     padding = (spec.padded_latents - spec.num_latents) * spec.hop
@@ -134,6 +145,11 @@ def mean_volume(audio: np.ndarray) -> float:
     """Mean volume of (N, 2) samples in dB of full scale; -inf for digital silence."""
     power = float(np.mean(np.square(audio, dtype=np.float64)))
     return 10 * math.log10(power) if power > 0 else -math.inf
+
+
+def digital_silence(audio: np.ndarray) -> float:
+    """Share of (N, 2) samples that are exact zeros in both channels: sound that is not there."""
+    return float(np.mean(np.all(audio == 0, axis=1)))
 
 
 def _read_frames(

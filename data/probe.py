@@ -20,9 +20,13 @@ REASONS = (  # the order in which they are tried; the first that applies is repo
     "no_audio",
     "too_short",
     "low_fps",
+    "length_mismatch",  # picture and sound begin or end too far apart
     "portrait",
     "silent",
+    "digital_silence",  # too much of the cut's sound is exact zeros
     "not_finite",  # an encoder's latents
+    "overlap",  # the window overlaps another of the same recording
+    "near_duplicate",  # looks and sounds like an earlier clip
 )
 
 
@@ -59,6 +63,11 @@ class Probe:
     def duration(self) -> float:
         """Seconds of picture that can be read, whatever the header says."""
         return self.end - self.start
+
+    @property
+    def length_mismatch(self) -> float:
+        """Seconds by which picture and sound begin or end apart, the larger of the two."""
+        return max(abs(self.start - self.sound_start), abs(self.end - self.sound_end))
 
     @property
     def fps(self) -> float:

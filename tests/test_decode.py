@@ -166,8 +166,10 @@ def test_start_offsets_are_kept_and_the_earliest_stream_is_zero(tmp_path):
 
 def test_sound_that_ends_early_is_padded_with_zeros(tmp_path):
     path = write_media(tmp_path / "a.mkv", numbered(72), np.arange(72) / 24, noise(1.25))
-    cut = read_cut(path, CutSpec(frames=25, height=48, width=64, sample_rate=16000, hop=512), 0.75)
-    assert len(cut.audio) == CutSpec(frames=25, sample_rate=16000, hop=512).num_samples
+    # The streams' ends are 1.75 s apart: allowed here.
+    spec = dataclasses.replace(SMALL, frames=25, max_length_mismatch=2)
+    cut = read_cut(path, spec, 0.75)
+    assert len(cut.audio) == spec.num_samples
     assert mean_volume(cut.audio[:7900]) > -30
     assert np.abs(cut.audio[8200:]).max() == 0
 

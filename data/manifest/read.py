@@ -1,4 +1,4 @@
-"""The manifest: one JSON object a line, one clip each. Faulty lines are reported, never fatal."""
+"""Reading a manifest: faulty lines are reported, never fatal. Captions may come from a file."""
 
 import json
 import re
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.manifest.captions import CAPTIONS, check_text
 from data.schema import DataError
 
-REQUIRED = ("id", "path", "video_caption", "audio_caption")
+REQUIRED = ("id", "path", "split")
 LONGEST = 1e9  # seconds; beyond it t0 is a mistake, and an integer may not even fit a float
 
 
@@ -17,20 +18,57 @@ class Fault:
     """A line that describes no usable clip."""
 
     clip_id: str
-    reason: str  # "invalid_record" or "duplicate_id"
+    reason: str  # "invalid_record", "duplicate_id" or "no_caption"
     detail: str
     line: int
 
 
-def read_manifest(path: Path, default_split: str) -> tuple[list[dict[str, Any]], list[Fault]]:
-    """(records with `split` filled in, faults), in the order of the file.
+Captions = dict[str, dict[str, str]]  # id -> those of CAPTIONS that are known
+
+
+def read_manifest(
+    path: Path, default_split: str, captions: Captions | None = None
+) -> tuple[list[dict[str, Any]], list[Fault]]:
+    """(records with `split` and both captions, faults), in the order of the file.
+
+    Args:
+        captions: what `read_captions` gave; it wins over the record's own. A record that then
+            lacks one is a Fault "no_caption". Without it every record must bring its own.
 
     DataError if the file is missing or holds no line at all.
     """
+    found, faults, lines = _read(path, default_split)
+    records = []
+    for record, number in zip(found, lines, strict=True):
+        if captions is not None:
+            record |= captions.get(record["id"], {})
+        missing = next((k for k in CAPTIONS if not isinstance(record.get(k), str)), None)
+        if missing is None:
+            records.append(record)
+        elif captions is None:
+            detail = f"key '{missing}' is missing or no string"
+            faults.append(Fault(record["id"], "invalid_record", detail, number))
+        else:
+            detail = f"no '{missing}', neither in the manifest nor in the captions file"
+            faults.append(Fault(record["id"], "no_caption", detail, number))
+    return records, sorted(faults, key=lambda fault: fault.line)
+
+
+def read_records(path: Path, default_split: str) -> tuple[list[dict[str, Any]], list[Fault]]:
+    """As `read_manifest`, for who needs no captions: the records may lack them."""
+    records, faults, _ = _read(path, default_split)
+    return records, faults
+
+
+def _read(
+    path: Path, default_split: str
+) -> tuple[list[dict[str, Any]], list[Fault], list[int]]:
+    """(records, faults, the line of each record)."""
     if not path.is_file():
         raise DataError(f"manifest={path}: no such file; one JSON object a line is needed")
     records: list[dict[str, Any]] = []
     faults: list[Fault] = []
+    numbers: list[int] = []
     seen: dict[str, int] = {}  # id -> line
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -47,9 +85,10 @@ def read_manifest(path: Path, default_split: str) -> tuple[list[dict[str, Any]],
             faults.append(Fault(record["id"], "duplicate_id", detail, number))
             continue
         records.append(record)
+        numbers.append(number)
     if not records and not faults:
         raise DataError(f"manifest={path}: empty; one JSON object a line is needed")
-    return records, faults
+    return records, faults, numbers
 
 
 def _parse(line: str, default_split: str) -> dict[str, Any]:
@@ -61,7 +100,7 @@ def _parse(line: str, default_split: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object")
     record.setdefault("split", default_split)
-    for key in (*REQUIRED, "split"):
+    for key in REQUIRED:
         if not isinstance(record.get(key), str):
             raise ValueError(f"key '{key}' is missing or no string")
     if not record["id"] or not record["path"]:
@@ -77,18 +116,6 @@ def _parse(line: str, default_split: str) -> dict[str, Any]:
         raise ValueError("key 'path' holds a zero byte: no file name can")
     check_text(record)
     return record
-
-
-def check_text(record: dict[str, Any]) -> None:
-    """ValueError naming a key whose text no tokenizer, file name or UTF-8 file can hold."""
-    for key, value in record.items():
-        try:
-            json.dumps({key: value}, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"key {ascii(key)[1:-1]!r} holds a lone surrogate (half of a character, such as "
-                f"\\ud83d): write the whole character or drop it"
-            ) from error
 
 
 def _id_in(line: str, number: int) -> str:
