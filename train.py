@@ -85,13 +85,14 @@ class RunConfig:
 
 def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig:
     """Tower shapes from the backbones' own files, rates from the shards, the rest from the YAML."""
-    video, audio = read_tower_configs(config.wan, config.tangoflux)
-    for what, stored, taken in (
-        ("video latents", metadata.video_latent_shape[0], video.in_channels),
-        ("video text states", metadata.video_text_width, video.text_dim),
-        ("audio latents", metadata.audio_latent_shape[1], audio.in_channels),
-        ("audio text states", metadata.audio_text_width, audio.joint_attention_dim),
-    ):
+    sound = config.task == "t2av"  # its twin needs nothing of TangoFlux
+    video, audio = read_tower_configs(config.wan, config.tangoflux if sound else None)
+    widths = [("video latents", metadata.video_latent_shape[0], video.in_channels),
+              ("video text states", metadata.video_text_width, video.text_dim)]
+    if audio:
+        widths += [("audio latents", metadata.audio_latent_shape[1], audio.in_channels),
+                   ("audio text states", metadata.audio_text_width, audio.joint_attention_dim)]
+    for what, stored, taken in widths:
         if stored != taken:
             raise ConfigError(
                 f"data.root={config.data.root} holds {what} of width {stored}, but the backbones "
@@ -103,7 +104,7 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
         return AVFullDiTConfig(
             task=config.task,
             video=video,
-            audio=audio if config.task == "t2av" else None,
+            audio=audio,
             **dataclasses.asdict(config.model),
             fps=metadata.fps,
             video_temporal_stride=metadata.video_temporal_stride,

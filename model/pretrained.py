@@ -37,11 +37,16 @@ TANGOFLUX_OTHER = ("uncondition", "text_encoder_name", "vae")
 
 
 def read_tower_configs(
-    wan: str | Path, tangoflux: str | Path
-) -> tuple[VideoDiTConfig, AudioDiTConfig]:
-    """Shapes of both towers from the two folders' (or hub ids') own config.json."""
+    wan: str | Path, tangoflux: str | Path | None
+) -> tuple[VideoDiTConfig, AudioDiTConfig | None]:
+    """Shapes of both towers from the two folders' (or hub ids') own config.json.
+
+    ``tangoflux`` None, as for task t2v: no audio tower.
+    """
     with _clear_errors():
         video = wan_config(wan)
+        if tangoflux is None:
+            return video, None
         path, values = tangoflux_file(tangoflux, "tangoflux.safetensors")
         values = {k: v for k, v in _public(values).items() if k not in TANGOFLUX_OTHER}
         # Absent keys have the released values: TangoFlux's own loader reads them the same way.
@@ -82,7 +87,7 @@ def check_weights(
 
     Reads no tensor: seconds, no GPU. Raises PretrainedError when a file cannot be read at all.
     """
-    video, audio = read_tower_configs(wan, tangoflux)
+    video, audio = read_tower_configs(wan, tangoflux if task == "t2av" else None)
     with _clear_errors():
         config = AVFullDiTConfig(task=task, video=video, audio=audio, **dataclasses.asdict(joint))
     expected = {name: tuple(p.shape) for name, p in _meta_model(config).named_parameters()}

@@ -1,8 +1,9 @@
 """Draw clips from a run: `python -m tools.sample RUN --prompts prompts.jsonl`.
 
-One H.264 + AAC mp4 and one contact sheet per prompt, under RUN/samples/stepXXXXXXXX. A prompt is an
-object a line with `video_caption`, `audio_caption` and optionally `id`, so a clip manifest works as
-it is. Noise is keyed by (seed, prompt's place): a t2v run draws from the video noise of its twin.
+One H.264 + AAC mp4 and one contact sheet per prompt, under RUN/samples/stepXXXXXXXX. RUN is a run
+directory or a folder that tools.export wrote. A prompt is an object a line with `video_caption`,
+`audio_caption` and optionally `id`, so a clip manifest works as it is. Noise is keyed by (seed,
+prompt's place): a t2v run draws from the video noise of its twin.
 """
 
 import argparse
@@ -18,17 +19,16 @@ from tqdm import tqdm
 
 from data.manifest import check_text
 from data.mux import write_clip
-from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE, Encoders
+from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from data.schema import DataError, Metadata
-from model import AVFullDiT, AVFullDiTConfig
+from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
 from model.files import one_line_errors
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
 from tools.contact_sheet import write_contact_sheet
-from training.checkpoint import CheckpointError, read_weights, tag_of
+from tools.export import load_model, read_run_file, read_setting
+from training.checkpoint import CheckpointError, tag_of
 from training.config import ConfigError, parse_config
-
-RESTORE = "restore it from a copy, or train again"
 
 
 class Prompt(NamedTuple):
@@ -98,35 +98,37 @@ class Sampler:
 
     def __init__(self, run_dir: Path, step: int | None, device: torch.device) -> None:
         config = run_dir / "config"
-        run, where = _read(config / "run.json"), config / "run.json"
-        self.metadata = parse_config(Metadata, _read(config / "data.json"), f"{config}/data.json")
-        self.device, self.task = device, _setting(run, where, "task")
-        self.shift = _setting(run, where, "flow", "shift")
+        run, where = read_run_file(config / "run.json"), config / "run.json"
+        data = read_run_file(config / "data.json")
+        self.metadata = parse_config(Metadata, data, f"{config}/data.json")
+        self.device, self.task = device, read_setting(run, where, "task")
+        self.shift = read_setting(run, where, "flow", "shift")
         flow = parse_config(FlowConfig, run["flow"], f"{where}: flow")
         shifted = flow.audio_t == "shifted"  # then audio's t is a function of the video's
         self.audio_t = partial(shifted_audio_t, flow) if shifted else None
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with one_line_errors(ConfigError, f"{config}/model.json", RESTORE):
-            self.config = AVFullDiTConfig.from_dict(_read(config / "model.json"))
-            self.model = AVFullDiT(self.config, attention=_setting(run, where, "attention"))
-            self.model.to(device, dtype).eval()
-            self.kernel = self.model.attention_kernel  # the run's own choice, or an error
-        with one_line_errors(CheckpointError, f"{run_dir}/checkpoints", RESTORE):
-            self.step, weights = read_weights(run_dir, step)
-            self.model.load_state_dict(weights)
-        wan, tangoflux = _setting(run, where, "wan"), _setting(run, where, "tangoflux")
-        self.encoders = Encoders.load(
-            wan, tangoflux, str(device), self.metadata.video_text_length
-        )
+        attention = read_setting(run, where, "attention")
+        self.step, self.model = load_model(run_dir, step, attention, dtype, device)
+        self.model.eval()
+        self.kernel = self.model.attention_kernel  # the run's own choice, or an error
+        wan, length = read_setting(run, where, "wan"), self.metadata.video_text_length
+        with one_line_errors(DataError, f"wan={wan}"):
+            self.video_vae = VideoVAE.from_folder(wan, device)
+            self.video_text = VideoTextEncoder.from_folder(wan, device, max_length=length)
+        if self.task == "t2av":
+            tangoflux = read_setting(run, where, "tangoflux")
+            with one_line_errors(DataError, f"tangoflux={tangoflux}"):
+                self.audio_vae = AudioVAE.from_folder(tangoflux, device)
+                self.audio_text = AudioTextEncoder.from_folder(tangoflux, device)
 
     def encode(self, video_caption: str, audio_caption: str) -> Prompts:
         """Text states of one prompt as the model takes them, batch 1."""
-        rows = self.encoders.video_text.encode([video_caption])[0]  # (n, D)
+        rows = self.video_text.encode([video_caption])[0]  # (n, D)
         video = rows.new_zeros(1, self.metadata.video_text_length, rows.shape[1])
         video[0, : len(rows)] = rows
         if self.task == "t2v":
             return Prompts(video)
-        states, mask = self.encoders.audio_text.encode([audio_caption])
+        states, mask = self.audio_text.encode([audio_caption])
         return Prompts(video, states, mask)
 
     def draw(
@@ -154,31 +156,13 @@ class Sampler:
                 audio_t=self.audio_t,
                 on_step=lambda done, total: bar.update(),
             )
-        picture = self.encoders.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
+        picture = self.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
         frames = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
         if audio is None:
             return frames.cpu().numpy(), None
-        wave = self.encoders.audio_vae.decode(audio)[0].float().clamp(-1, 1)  # (2, N)
+        wave = self.audio_vae.decode(audio)[0].float().clamp(-1, 1)  # (2, N)
         samples = round(data.duration * data.sample_rate)  # sound ends with the picture
         return frames.cpu().numpy(), wave.T[:samples].cpu().numpy()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; RUN must be a run directory of train.py")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no valid JSON ({error}); {RESTORE}") from error
-
-
-def _setting(values: Any, path: Path, *keys: str) -> Any:
-    """values[key][key]...; ConfigError naming the file and the key that is missing."""
-    for key in keys:
-        if not isinstance(values, dict) or key not in values:
-            raise ConfigError(f"{path}: key '{key}' is missing; {RESTORE}")
-        values = values[key]
-    return values
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

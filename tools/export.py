@@ -1,0 +1,123 @@
+"""Trained weights out of a run: `python -m tools.export RUN FOLDER [--step N] [--layout released]`.
+
+The default folder is AVFullDiT.save_pretrained's (config.json and safetensors, float32), with the
+run's own configuration beside it: `AVFullDiT.from_pretrained(FOLDER)` and `tools.sample FOLDER`
+read it. `--layout released` writes each tower under its released names instead, as far as those
+reach: the new weights of the joint blocks have no place there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import AVFullDiT, AVFullDiTConfig
+from model.files import iter_tensors, one_line_errors, tangoflux_file
+from model.pretrained import TANGOFLUX_OTHER, PretrainedError, export_tangoflux, export_wan
+from model.released import TANGOFLUX_OTHER_TENSORS
+from training.checkpoint import CheckpointError, read_weights
+from training.config import ConfigError
+
+RUN_FILES = ("run.json", "data.json")  # what sampling needs to know beside the model
+RESTORE = "restore it from a copy, or train again"
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """A JSON file of RUN/config; ConfigError names it if it is missing or damaged."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; RUN must be a run directory of train.py, or a "
+                          "folder of tools.export")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid JSON ({error}); {RESTORE}") from error
+
+
+def read_setting(values: Any, path: Path, *keys: str) -> Any:
+    """values[key][key]...; ConfigError naming the file and the key that is missing."""
+    for key in keys:
+        if not isinstance(values, dict) or key not in values:
+            raise ConfigError(f"{path}: key '{key}' is missing; {RESTORE}")
+        values = values[key]
+    return values
+
+
+def load_model(
+    run: Path, step: int | None, attention: str, dtype: torch.dtype, device: torch.device
+) -> tuple[int, AVFullDiT]:
+    """(step, model) of a run directory's checkpoint, the newest by default, or of an exported
+    folder, which holds one step only.
+
+    Raises, each in one line: ConfigError (RUN/config), CheckpointError (weights).
+    """
+    if (run / "config.json").is_file():
+        held = read_setting(read_run_file(run / "export.json"), run / "export.json", "step")
+        if step not in (None, held):
+            raise CheckpointError(f"step={step}: {run} was exported from step {held}; leave it out")
+        with one_line_errors(CheckpointError, str(run), "export it again"):
+            return held, AVFullDiT.from_pretrained(
+                run, attention=attention, dtype=dtype, device=device
+            )
+    config = run / "config/model.json"
+    with one_line_errors(ConfigError, str(config), RESTORE), torch.device("meta"):
+        model = AVFullDiT(AVFullDiTConfig.from_dict(read_run_file(config)), attention=attention)
+    with one_line_errors(CheckpointError, f"{run}/checkpoints", RESTORE):
+        step, weights = read_weights(run, step)
+        model.load_state_dict(weights, assign=True)  # built without storage: no second copy
+    return step, model.to(device, dtype)
+
+
+def export(run: Path, folder: Path, step: int | None, layout: str) -> int:
+    """Write `folder`, which must not exist or be empty; returns the step of the weights."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"FOLDER={folder}: not empty; give another or delete it")
+    files = {name: read_run_file(run / "config" / name) for name in RUN_FILES}
+    step, model = load_model(run, step, "sdpa", torch.float32, torch.device("cpu"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "released":
+        export_wan(model.state_dict(), model.config, folder / "wan")
+        if model.config.task == "t2av":
+            where = run / "config/run.json"
+            source = read_setting(files["run.json"], where, "tangoflux")
+            with one_line_errors(ConfigError, f"tangoflux={source}"):
+                path, config = tangoflux_file(source, "tangoflux.safetensors")
+                text = {TANGOFLUX_OTHER_TENSORS + name: value
+                        for name, value in iter_tensors([path], TANGOFLUX_OTHER_TENSORS)}
+            other = {key: config[key] for key in TANGOFLUX_OTHER if key in config}
+            export_tangoflux(
+                model.state_dict(), model.config, folder / "tangoflux", text, other
+            )
+        return step
+    (folder / "config").mkdir()
+    for name, values in files.items():
+        (folder / "config" / name).write_text(json.dumps(values, indent=1) + "\n")
+    (folder / "export.json").write_text(json.dumps({"step": step}) + "\n")
+    model.save_pretrained(folder)
+    return step
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory of train.py")
+    parser.add_argument("folder", type=Path, help="to write; new or empty")
+    parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument("--layout", choices=("avfulldit", "released"), default="avfulldit")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse_arguments(None)
+    try:
+        step = export(arguments.run, arguments.folder, arguments.step, arguments.layout)
+    except (ConfigError, CheckpointError, PretrainedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78
+    print(f"{arguments.folder}: step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
