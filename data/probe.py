@@ -26,6 +26,7 @@ REASONS = (  # the order in which they are tried; the first that applies is repo
     "digital_silence",  # too much of the cut's sound is exact zeros
     "not_finite",  # an encoder's latents
     "overlap",  # the window overlaps another of the same recording
+    "no_room",  # for another of the cuts or crops that were asked for
     "near_duplicate",  # looks and sounds like an earlier clip
 )
 
@@ -47,12 +48,12 @@ class Probe:
     """One file's chosen streams and the times of its pictures."""
 
     video_index: int
-    audio_index: int
+    audio_index: int | None  # None: no sound, where that is allowed
     origin: float  # container time, in seconds, that counts as 0
     pixel_aspect: float  # width of a pixel over its height
     times: np.ndarray  # (frames,) presentation times, sorted
     end: float  # when the last picture has been shown
-    sound_start: float
+    sound_start: float  # the picture's, where there is no sound
     sound_end: float
 
     @property
@@ -68,6 +69,12 @@ class Probe:
     def length_mismatch(self) -> float:
         """Seconds by which picture and sound begin or end apart, the larger of the two."""
         return max(abs(self.start - self.sound_start), abs(self.end - self.sound_end))
+
+    def sound_within(self, begin: float, end: float) -> float:
+        """Seconds of [begin, end] that the sound stream covers."""
+        if self.audio_index is None:
+            return 0.0
+        return max(0.0, min(end, self.sound_end) - max(begin, self.sound_start))
 
     @property
     def fps(self) -> float:
@@ -88,30 +95,30 @@ def open_media(path: str | Path) -> Iterator[Any]:
         yield container
 
 
-def probe(path: str | Path) -> Probe:
+def probe(path: str | Path, need_sound: bool = True) -> Probe:
     """Choose the streams and read all packet times; Rejected when there is nothing to decode."""
     with open_media(path) as container:
         video, audio = choose_video(container), choose_audio(container)
         pictures, sounds = _read_packets(container, video, audio)
         if not pictures:
             raise Rejected("undecodable", "the video stream holds no picture with a time stamp")
-        if audio is None:
-            raise Rejected("no_audio", "no audio stream")
-        if not sounds:
-            raise Rejected("no_audio", "the audio stream is empty")
+        if not sounds and need_sound:
+            found = "no audio stream" if audio is None else "the audio stream is empty"
+            raise Rejected("no_audio", found)
         origin = (container.start_time or 0) / av.time_base
         times = np.sort(np.array([begin for begin, _ in pictures])) - origin
         # Some containers leave packet durations out: the last picture then lasts a mean frame.
         mean_frame = (times[-1] - times[0]) / max(1, len(times) - 1)
+        end = max(begin + (length or mean_frame) for begin, length in pictures) - origin
         return Probe(
             video_index=video.index,
-            audio_index=audio.index,
+            audio_index=audio.index if sounds else None,
             origin=origin,
             pixel_aspect=float(video.sample_aspect_ratio or 1),  # 0: the file does not say
             times=times,
-            end=max(begin + (length or mean_frame) for begin, length in pictures) - origin,
-            sound_start=min(begin for begin, _ in sounds) - origin,
-            sound_end=max(begin + length for begin, length in sounds) - origin,
+            end=end,
+            sound_start=min((b - origin for b, _ in sounds), default=float(times[0])),
+            sound_end=max((b + length - origin for b, length in sounds), default=end),
         )
 
 

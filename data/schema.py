@@ -48,7 +48,9 @@ class Metadata:
     video_text_width: int
     audio_text_length: int
     audio_text_width: int
-    fingerprints: dict[str, str] = field(default_factory=dict)  # encoder -> sha256
+    fingerprints: dict[str, str] = field(default_factory=dict)  # encoder -> data.provenance's
+    settings: dict[str, Any] = field(default_factory=dict)  # what else a sample depends on
+    files: dict[str, str] = field(default_factory=dict)  # file that is no shard -> its HASH
     counts: dict[str, int] = field(default_factory=dict)  # split -> samples
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> clips
     format: int = FORMAT

@@ -9,7 +9,6 @@ that no caller has to know it: latent normalisation (backbones.md 1.4), text cle
 import html
 import re
 import warnings
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderMod
 from model.files import (
     FLAN_T5_HUB_ID,
     check_loaded,
-    fingerprint,
     iter_tensors,
     load_strictly,
-    read_json,
     t5_folder,
     tangoflux_file,
     wan_subfolder,
@@ -39,10 +36,9 @@ AUDIO_TEXT_LENGTH = 64  # hard-coded in TangoFlux
 class VideoVAE:
     """AutoencoderKLWan: frames in [-1, 1] <-> latents; causal, so frame counts are 4k+1."""
 
-    def __init__(self, vae: Any, weight_files: list[Path]) -> None:
+    def __init__(self, vae: Any) -> None:
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
-        self.weight_files = weight_files
         self.temporal_stride: int = config.scale_factor_temporal
         self.spatial_stride: int = config.scale_factor_spatial
         self.latent_channels: int = config.z_dim
@@ -58,10 +54,9 @@ class VideoVAE:
     ) -> "VideoVAE":
         """Load `<wan>/vae`. Wan's own code runs this VAE in float32."""
         folder = wan_subfolder(wan, "vae", "config.json")
-        files = weight_files(folder)
         vae: Any = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
-        load_strictly(vae, dict(iter_tensors(files)), folder)
-        return cls(_place(vae, device, dtype), files)
+        load_strictly(vae, dict(iter_tensors(weight_files(folder))), folder)
+        return cls(_place(vae, device, dtype))
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -100,18 +95,12 @@ class VideoVAE:
         raw = self.denormalize(latents.to(self.device).float()).to(self.dtype)
         return self.vae.decode(raw).sample.float().clamp(-1, 1)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over config and weights: equal for a single file and for shards of it."""
-        return fingerprint(self.weight_files, dict(self.vae.config))
-
 
 class AudioVAE:
     """AutoencoderOobleck: stereo waveform <-> latents, one per hop; no normalisation."""
 
-    def __init__(self, vae: Any, weight_files: list[Path]) -> None:
+    def __init__(self, vae: Any) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        self.weight_files = weight_files
         self.sample_rate: int = vae.config.sampling_rate
         self.hop: int = vae.hop_length
         self.latent_channels: int = vae.config.decoder_input_channels
@@ -131,7 +120,7 @@ class AudioVAE:
             warnings.simplefilter("ignore", FutureWarning)
             vae: Any = AutoencoderOobleck(**config.get("vae", {}))
         load_strictly(vae, dict(iter_tensors([path])), path)
-        return cls(_place(vae, device, dtype), [path])
+        return cls(_place(vae, device, dtype))
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,11 +145,6 @@ class AudioVAE:
         latents = latents.to(self.device, self.dtype).transpose(1, 2)  # (B, C, L)
         return self.vae.decode(latents).sample.float()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over config and weights."""
-        return fingerprint(self.weight_files, dict(self.vae.config))
-
 
 class VideoTextEncoder:
     """umT5 as Wan uses it: cleaned, padded to `max_length`, cut back to the true length."""
@@ -170,7 +154,6 @@ class VideoTextEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.width: int = encoder.config.d_model
-        self.folders: list[Path] = []
 
     @classmethod
     def from_folder(
@@ -191,9 +174,7 @@ class VideoTextEncoder:
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         check_loaded(folder, *(sorted(info[kind]) for kind in kinds))
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        text_encoder = cls(encoder.to(device), tokenizer, max_length)
-        text_encoder.folders = [folder, tokenizer_folder]
-        return text_encoder
+        return cls(encoder.to(device), tokenizer, max_length)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> list[Tensor]:
@@ -206,13 +187,6 @@ class VideoTextEncoder:
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, N, D)
         return [row[:n] for row, n in zip(states, mask.sum(1).tolist(), strict=True)]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over config, weights and tokenizer."""
-        folder, tokenizer_folder = self.folders
-        config = read_json(folder / "config.json")
-        return fingerprint(weight_files(folder), config, tokenizer_folder)
-
 
 class AudioTextEncoder:
     """Flan-T5 as TangoFlux uses it; always 64 rows, because its pad rows are attended too."""
@@ -221,7 +195,6 @@ class AudioTextEncoder:
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.width: int = encoder.config.d_model
-        self.weight_file = self.tokenizer_folder = Path()
 
     @classmethod
     def from_folder(
@@ -240,9 +213,7 @@ class AudioTextEncoder:
             tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])
         load_strictly(encoder, tensors, path)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        text_encoder = cls(encoder.to(device, dtype or _text_dtype(device)), tokenizer)
-        text_encoder.weight_file, text_encoder.tokenizer_folder = path, source
-        return text_encoder
+        return cls(encoder.to(device, dtype or _text_dtype(device)), tokenizer)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -251,12 +222,6 @@ class AudioTextEncoder:
         ids, mask = (tokens[k].to(self.encoder.device) for k in ("input_ids", "attention_mask"))
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return states, mask.bool()  # (B, 64, D), (B, 64)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over config, the text encoder's weights (not the DiT's) and tokenizer."""
-        config = read_json(self.tokenizer_folder / "config.json")
-        return fingerprint([self.weight_file], config, self.tokenizer_folder, "text_encoder.")
 
 
 def clean_text(text: str) -> str:
