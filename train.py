@@ -24,6 +24,7 @@ from data.dataset import DataConfig, HeldOut, build_loader
 from data.schema import Batch, DataError, Metadata, check_root, load_text_states
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.attention import Attention
+from model.encoder_headers import check_encoders
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from model.pretrained import (
@@ -312,8 +313,9 @@ def main(arguments: list[str]) -> int:
         config = load_config(RunConfig, arguments[0], arguments[1:])
         if config.check == "weights":
             fits, report = check_weights(config.task, config.model, config.wan, config.tangoflux)
-            print(report)
-            return 0 if fits else 78
+            fit, lines = check_encoders(config.task, config.wan, config.tangoflux)
+            print("\n".join([report, *lines]))
+            return 0 if fits and fit else 78
         plan = build_plan(config, world)
         start(world, config.timeout_minutes)
         started = True

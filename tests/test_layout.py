@@ -13,12 +13,13 @@ SOURCES = sorted(
     [ROOT / "train.py", *(path for part in ("model", "data", "training", "tools")
                           for path in (ROOT / part).rglob("*.py"))]
 )
+ENCODERS = ("model/encoders.py", "model/encoder_headers.py")
 # Where a heavy library may be imported; everything else stays free of it.
 ALLOWED = {
     "deepspeed": ("train.py", "training/", "tools/export.py"),
     "streaming": ("data/",),
-    "diffusers": ("model/encoders.py", "model/sampling.py", "tools/backbones/"),
-    "transformers": ("model/encoders.py", "tools/backbones/"),
+    "diffusers": (*ENCODERS, "model/sampling.py", "tools/backbones/"),
+    "transformers": (*ENCODERS, "tools/backbones/"),
 }
 
 # The model is a function of its inputs: only these read or write files.
@@ -26,6 +27,7 @@ MODEL_FILES = (
     "model/pretrained.py",  # released weights in and out
     "model/files.py",  # finds, checks and reads weight files for the other two
     "model/saving.py",  # a trained model's own folder
+    "model/encoder_headers.py",  # configs and headers of the frozen encoders
     "model/encoders.py",  # frozen encoders load themselves from released folders
 )
 FILE_CALLS = {

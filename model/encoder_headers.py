@@ -1,0 +1,101 @@
+"""Whether the frozen encoders that a user downloaded fit their classes, from headers alone.
+
+The other half of `check=weights` (model.pretrained looks at the towers): Wan's VAE and umT5,
+TangoFlux's VAE and the Flan-T5 inside its file. Modules are built without storage. An encoder that
+is absent is said, not refused: training reads shards, only prepare and sample need encoders.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, AutoencoderOobleck
+from torch import nn
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+from model.files import (
+    FLAN_T5_HUB_ID,
+    one_line_errors,
+    open_weights,
+    t5_folder,
+    tangoflux_file,
+    wan_subfolder,
+    weight_files,
+)
+from model.names import differences
+from model.released import TANGOFLUX_OTHER_TENSORS, PretrainedError
+
+TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's embedding under either name
+Found = tuple[nn.Module, list[Path], str]  # built from config.json, its files, prefix of its names
+
+
+def check_encoders(task: str, wan: str | Path, tangoflux: str | Path) -> tuple[bool, list[str]]:
+    """Whether every encoder that is there fits, and one line each, then one line per fault."""
+    sources: list[tuple[str, Callable[[str | Path], Found], str | Path]] = [
+        ("wan vae", _video_vae, wan), ("wan text_encoder", _video_text, wan)]
+    if task == "t2av":
+        sources += [("tangoflux vae", _audio_vae, tangoflux),
+                    ("tangoflux text_encoder", _audio_text, tangoflux)]
+    lines, faults = [], []
+    for name, build, source in sources:
+        with one_line_errors(PretrainedError, f"{name}: {source}"):
+            line, differing = _compare(build, source)
+        lines.append(f"{name}: {line}")
+        faults += [f"  {name}: {fault}" for fault in differing]
+    return not faults, lines + faults
+
+
+def _compare(build: Callable[[str | Path], Found], source: str | Path) -> tuple[str, list[str]]:
+    """What one encoder is, in words, and its tensors that do not fit."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Oobleck's weight_norm
+            module, files, prefix = build(source)
+    except FileNotFoundError as error:
+        return f"not there; train.py does without, prepare and sample need it ({error})", []
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = dict(_shapes(files, prefix))
+    if any(key in found for key in TIED):
+        wanted, found = _without_tied(wanted), _without_tied(found)
+    count = sum(torch.Size(shape).numel() for shape in found.values())
+    line = f"{len(found)} tensors, {count:,} parameters in {files[0].parent}"
+    return line, differences(wanted, found)
+
+
+def _video_vae(wan: str | Path) -> Found:
+    folder = wan_subfolder(wan, "vae", "config.json")
+    vae: Any = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
+    return vae, weight_files(folder), ""
+
+
+def _video_text(wan: str | Path) -> Found:
+    folder = wan_subfolder(wan, "text_encoder", "config.json")
+    return UMT5EncoderModel(UMT5Config.from_pretrained(folder)), weight_files(folder), ""
+
+
+def _audio_vae(tangoflux: str | Path) -> Found:
+    path, config = tangoflux_file(tangoflux, "vae.safetensors")
+    vae: Any = AutoencoderOobleck(**config.get("vae", {}))
+    return vae, [path], ""
+
+
+def _audio_text(tangoflux: str | Path) -> Found:
+    path, config = tangoflux_file(tangoflux, "tangoflux.safetensors")
+    folder = t5_folder(path.parent, config.get("text_encoder_name", FLAN_T5_HUB_ID))
+    return T5EncoderModel(T5Config.from_pretrained(folder)), [path], TANGOFLUX_OTHER_TENSORS
+
+
+def _shapes(files: list[Path], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for path in files:
+        with open_weights(path) as file:
+            for name in file.keys():
+                if name.startswith(prefix):
+                    yield name.removeprefix(prefix), tuple(file.get_slice(name).get_shape())
+
+
+def _without_tied(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes with the one embedding under one name."""
+    tied = [shapes[name] for name in TIED if name in shapes]
+    return {name: shape for name, shape in shapes.items() if name not in TIED} | {TIED[0]: tied[0]}
