@@ -24,7 +24,6 @@ from data.dataset import DataConfig, HeldOut, build_loader
 from data.schema import Batch, DataError, Metadata, check_root, load_text_states
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.attention import Attention
-from model.encoder_headers import check_encoders
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from model.pretrained import (
@@ -312,6 +311,8 @@ def main(arguments: list[str]) -> int:
         world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
         if config.check == "weights":
+            from model.encoder_headers import check_encoders  # slow, and no run needs it
+
             fits, report = check_weights(config.task, config.model, config.wan, config.tangoflux)
             fit, lines = check_encoders(config.task, config.wan, config.tangoflux)
             print("\n".join([report, *lines]))
