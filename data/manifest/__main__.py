@@ -1,0 +1,213 @@
+"""A data set as it was downloaded -> manifest.jsonl, one record per cut.
+
+    python -m data.manifest avsync15 ~/AVSync15 --out manifests/avsync15.jsonl --leaks keep
+    python -m data.manifest landscape ~/Landscapes --out manifests/landscape.jsonl --leaks keep
+    python -m data.manifest greatest_hits ~/vis-data --out manifests/greatest_hits.jsonl
+    python -m data.manifest alt_merge manifests/{avsync15,landscape,greatest_hits}.jsonl \\
+        --out manifests/alt_merge.jsonl
+    python -m data.manifest vggsound ~/VGGSound --keep-out manifests/alt_merge.jsonl \\
+        --out manifests/vggsound.jsonl
+    python -m data.manifest folder ~/clips --captions captions.csv --out manifests/mine.jsonl
+    python -m data.manifest playground runs/clips --out manifests/playground.jsonl
+    python -m data.manifest check manifests/*.jsonl      # exit code 1 where sets leak
+
+What is left out stands in x.rejects.jsonl beside x.jsonl, with its reason. Records hold id,
+source, class, split, subset, path, origin and origin_start (the recording), width, height,
+rotation, fps, vfr, frames, seconds, audio_rate, channels, t0, t1, sha256, captions if known, and
+marks if the set has them. Splits are train, validation and, for VGGSound, test: official test
+clips that are not held out, never trained on. Training clips of a recording that is held out are
+a leak and go, unless alt_merge draws the splits anew from the very manifest. The cut is the centre, in The Greatest Hits and the
+playground the window with the most marks. Nothing here judges a clip's content: see data.doctor.
+"""
+
+import argparse
+import collections
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from data.filters import find_duplicates
+from data.manifest.captions import read_captions
+from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
+from data.manifest.read import read_records
+from data.manifest.records import (
+    CutRule,
+    Listing,
+    Record,
+    complete_all,
+    ledger_path,
+    reject,
+    write_manifest,
+)
+from data.manifest.sets import list_avsync15, list_folder, list_landscape, list_playground
+from data.manifest.splits import ALT_MERGE, check_leaks, drop_leaks, hold_out, merge_alt
+from data.manifest.vggsound import list_vggsound
+from data.schema import DataError
+
+SETS = ("avsync15", "landscape", "greatest_hits", "vggsound", "folder", "playground")
+# What the paper does where it says it, and our choice where it does not.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "avsync15": {},
+    "landscape": {},
+    "greatest_hits": {"cut": "marks"},
+    "vggsound": {"frames": 121, "duplicates": "overlap", "held_out": [731]},
+    "folder": {},
+    "playground": {"cut": "marks"},
+    "alt_merge": {"held_out": list(ALT_MERGE.values())},
+    "check": {},
+}
+COMMON = {"frames": 49, "cut": "centre", "duplicates": "exact", "held_out": None}
+
+
+def import_set(args: argparse.Namespace) -> Listing:
+    """Everything but writing: list, look into the files, drop duplicates, split, drop leaks."""
+    found = _list(args)
+    rule = CutRule(args.frames, args.fps, args.cut, args.seed)
+    done = complete_all(found.records, rule, args.workers)
+    records, rejects = done.records, [*found.rejects, *done.rejects]
+    twins = {t.later: t.detail for t in find_duplicates(records, args.duplicates)}
+    reason = "duplicate" if args.duplicates != "overlap" else "overlap"
+    rejects += [reject(records[i], reason, detail) for i, detail in twins.items()]
+    records = [record for i, record in enumerate(records) if i not in twins]
+    if args.held_out is not None:
+        records = _hold_out(records, args)
+    others = [record for path in args.keep_out for record in read_records(path, "train")[0]]
+    if args.leaks == "keep":
+        return Listing(records, rejects)
+    kept = drop_leaks(records, others)
+    return Listing(kept.records, [*rejects, *kept.rejects])
+
+
+def _list(args: argparse.Namespace) -> Listing:
+    [root] = args.roots
+    if args.set == "greatest_hits":
+        return list_greatest_hits(root, args.version)
+    if args.set == "vggsound":
+        return list_vggsound(root, args.table)
+    return {
+        "avsync15": list_avsync15,
+        "landscape": list_landscape,
+        "folder": list_folder,
+        "playground": list_playground,
+    }[args.set](root)
+
+
+def _hold_out(records: list[Record], args: argparse.Namespace) -> list[Record]:
+    """VGGSound: among its official test clips, the rest of which stays "test"."""
+    [count] = args.held_out
+    if args.set != "vggsound":
+        return hold_out(records, count, args.seed)
+    test = [record for record in records if record["split"] == "test"]
+    train = [record for record in records if record["split"] != "test"]
+    if count > len(test):
+        raise DataError(
+            f"held_out={count}: {args.roots[0]} has only {len(test)} of VGGSound's official test "
+            f"clips; use --held-out {len(test)} or less"
+        )
+    if count == len(test):
+        return train + [record | {"split": "validation"} for record in test]
+    return train + hold_out(test, count, args.seed, rest="test")
+
+
+def add_captions(records: list[Record], path: Path) -> None:
+    """Join the captions of a file by id; says how many fit nowhere."""
+    captions = read_captions(path)
+    for record in records:
+        record |= captions.pop(record["id"], {})
+    if captions:
+        print(f"note: {len(captions)} ids of {path} are in no record, such as "
+              f"{next(iter(captions))!r}", file=sys.stderr)
+
+
+def report(records: list[Record], rejects: list[Record], out: Path) -> None:
+    """What there is now, in a few lines."""
+    splits = collections.Counter((r["source"], r["subset"], r["split"]) for r in records)
+    for (source, subset, split), count in sorted(splits.items()):
+        print(f"{source:14} {subset:14} {split:11} {count:7}")
+    reasons = collections.Counter(entry["reason"] for entry in rejects)
+    shown = ", ".join(f"{name} {count}" for name, count in sorted(reasons.items())) or "none"
+    captioned = sum("video_caption" in r and "audio_caption" in r for r in records)
+    unknown = sum(not r.get("origin") for r in records)
+    print(f"{out}: {len(records)} cuts, {captioned} with captions; left out: {shown}"
+          + (f" ({ledger_path(out)})" if rejects else ""))
+    if unknown:
+        print(f"note: the recording of {unknown} clips is unknown: no leak of theirs can be seen",
+              file=sys.stderr)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "data.manifest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("set", choices=DEFAULTS)
+    parser.add_argument("roots", metavar="ROOT", type=Path, nargs="+",
+                        help="folder of the set; manifests for alt_merge and check")
+    parser.add_argument("--out", type=Path, help="manifest to write; ROOT/manifest.jsonl")
+    parser.add_argument("--captions", type=Path, help="JSONL or CSV: id, video_caption, ...")
+    parser.add_argument("--frames", type=int, help="of a cut: 49, VGGSound 121")
+    parser.add_argument("--fps", type=float, default=24.0, help="default: %(default)s")
+    parser.add_argument("--cut", choices=("centre", "marks"), help="see above")
+    parser.add_argument("--duplicates", choices=("exact", "overlap", "id"),
+                        help="what goes: same start (default), overlapping windows of a recording "
+                        "(VGGSound's default), all but one clip of a recording")
+    parser.add_argument("--held-out", type=int, nargs="+", metavar="N",
+                        help="clips to hold out: VGGSound 731, alt_merge 120 80 100, else what "
+                        "the set's own lists say")
+    parser.add_argument("--keep-out", type=Path, nargs="+", default=[], metavar="MANIFEST",
+                        help="do not train on recordings that these hold out")
+    parser.add_argument("--leaks", choices=("drop", "keep"), default="drop",
+                        help="keep: for manifests that alt_merge splits anew")
+    parser.add_argument("--version", choices=VERSIONS, default="denoised",
+                        help="The Greatest Hits' file of a take; default: %(default)s")
+    parser.add_argument("--table", type=Path, help="VGGSound's csv; ROOT/vggsound.csv")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args(arguments)
+    for name, common in COMMON.items():
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS[args.set].get(name, common))
+    if args.set in SETS and len(args.roots) != 1:
+        parser.error(f"{args.set} takes one ROOT, not {len(args.roots)}")
+    if args.leaks == "keep" and args.keep_out:
+        parser.error("--leaks keep and --keep-out contradict each other; leave one out")
+    if args.held_out is not None and len(args.held_out) != (3 if args.set == "alt_merge" else 1):
+        parser.error(f"--held-out {args.held_out}: one number; three for alt_merge")
+    if args.set == "alt_merge" and args.out is None:
+        parser.error("alt_merge needs --out")
+    return args
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    try:
+        if args.set == "check":
+            return _check(args.roots)
+        if args.set == "alt_merge":
+            held_out = dict(zip(ALT_MERGE, args.held_out, strict=True))
+            found = merge_alt(args.roots, held_out, args.seed)
+        else:
+            found = import_set(args)
+        if args.captions:
+            add_captions(found.records, args.captions)
+        out = args.out or args.roots[0] / "manifest.jsonl"
+        write_manifest(out, found.records, found.rejects)
+        report(found.records, found.rejects, out)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(paths: list[Path]) -> int:
+    leaks = check_leaks(paths)
+    for (one, two), found in leaks.items():
+        print(f"error: {one} trains on {len(found)} recordings that {two} holds out, such as "
+              f"{found[0]}; import it again with --keep-out {two}", file=sys.stderr)
+    if not leaks:
+        print(f"{len(paths)} manifests: no recording is both held out and trained on")
+    return 1 if leaks else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""From what a set's files are called to a manifest's records: streams, cut, sha256, in parallel.
+
+An importer lists candidates (a record without facts, `path` on this machine); `complete_all` looks
+into every file and pins its cut; `write_manifest` writes what is left and a ledger of the rest, in
+the line format of a prepared folder's rejects.jsonl.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from data.decode import CutSpec, choose_t0
+from data.pictures import display_size
+from data.probe import Probe, Rejected, open_media, probe
+from data.schema import DataError
+
+Record = dict[str, Any]
+MEDIA = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".flv")
+ROUNDING = 0.002  # seconds; containers round time stamps to 1 ms
+
+
+class Listing(NamedTuple):
+    """What an importer found: candidates to look into, and ledger lines of what is none."""
+
+    records: list[Record]
+    rejects: list[Record]
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """Where a cut is taken. `marks`: the window with the most of them, seeded ties."""
+
+    frames: int
+    fps: float
+    place: str = "centre"  # or "marks"
+    seed: int = 0
+
+    @property
+    def spec(self) -> CutSpec:
+        return CutSpec(frames=self.frames, fps=self.fps)
+
+
+def reject(record: Record, reason: str, detail: str) -> Record:
+    """A ledger line."""
+    where = {"path": str(record["path"])} if "path" in record else {}
+    return {"id": record["id"], "reason": reason, "detail": detail} | where
+
+
+def complete_all(records: list[Record], rule: CutRule, workers: int) -> Listing:
+    """Facts, cut and sha256 of every candidate, in their order; unreadable ones are rejected."""
+    done = Listing([], [])
+    job = partial(complete, rule=rule)
+    for record in tqdm(spread(job, records, workers), total=len(records), unit="clip"):
+        (done.rejects if "reason" in record else done.records).append(record)
+    return done
+
+
+def spread(job: Callable, items: Iterable, workers: int) -> Iterator:
+    """`job` of every item, in order, in `workers` processes (in this one if there is one).
+
+    DataError if a process dies, which a codec can bring about.
+    """
+    if workers <= 1:
+        yield from map(job, items)
+        return
+    # Spawned, not forked: codecs and torch hold threads that a fork would cut in half.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            yield from pool.map(job, items, chunksize=4)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"workers={workers}: one of them died (out of memory, or a codec crashed); "
+                f"use --workers 1 to see at which file"
+            ) from error
+
+
+def complete(record: Record, rule: CutRule) -> Record:
+    """One candidate -> its record, or its ledger line."""
+    path = Path(record["path"])
+    try:
+        found = probe(path, need_sound=False)  # silent clips may be wanted; others judge that
+        facts = _stream_facts(path, found)
+        t0 = _place(record, found, rule)
+    except Rejected as rejected:
+        return reject(record, rejected.reason, rejected.detail)
+    record = record | facts | {"t0": t0, "t1": t0 + rule.spec.duration}
+    if "marks" in record:  # ground truth of the cut, on its own clock
+        inside = [mark for mark in record["marks"] if t0 <= mark[0] < record["t1"]]
+        record["marks"] = [[round(mark[0] - t0, 6), *mark[1:]] for mark in inside]
+    with path.open("rb") as file:
+        record["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return record
+
+
+def _place(record: Record, found: Probe, rule: CutRule) -> float:
+    """t0 of the cut: the list's own, the densest window, or the centre. Rejected("too_short")."""
+    if rule.place == "marks" and record.get("marks"):
+        times = [mark[0] for mark in record["marks"]]
+        draw = random.Random(f"{rule.seed}/{record['id']}")
+        return choose_t0(found, rule.spec, densest_window(times, found, rule, draw))
+    return choose_t0(found, rule.spec, record.get("t0"))
+
+
+def densest_window(times: list[float], found: Probe, rule: CutRule, draw: random.Random) -> float:
+    """Start, on a picture, of a window with the most marks; one of the best by `draw`.
+
+    The marks lie in its middle as far as the take allows, so that none sits on the edge.
+    """
+    marks, length = np.sort(np.array(times)), rule.spec.duration
+    last = np.searchsorted(marks, marks + length, side="left") - 1  # of the group begun by each
+    starts = (marks + marks[last] - length) / 2
+    starts = np.clip(starts, found.start, max(found.start, found.end - length))
+    starts = found.times[np.abs(found.times[:, None] - starts).argmin(axis=0)]  # on a picture
+    counts = np.searchsorted(marks, starts + length) - np.searchsorted(marks, starts)
+    fits = starts <= max(found.start, found.end - length + ROUNDING)
+    counts = np.where(fits, counts, -1)
+    best = sorted(set(starts[counts == counts.max()].tolist()))
+    return draw.choice(best)
+
+
+def _stream_facts(path: Path, found: Probe) -> Record:
+    """What the streams are, from packets and the first picture; sizes and fps as shown."""
+    with open_media(path) as container:
+        video = container.streams[found.video_index]
+        try:
+            picture = next(container.decode(video))
+        except (av.FFmpegError, StopIteration) as error:
+            raise Rejected("undecodable", f"no picture decodes: {error}") from error
+        sound = None if found.audio_index is None else container.streams[found.audio_index]
+        height, width = display_size(picture, found.pixel_aspect)
+        steps = np.diff(found.times)
+        return {
+            "width": width,
+            "height": height,
+            "rotation": round(picture.rotation),
+            "fps": round(found.fps, 4),
+            "vfr": bool(len(steps) and np.ptp(steps) > 2 * ROUNDING),
+            "frames": len(found.times),
+            "seconds": round(found.duration, 4),
+            "audio_rate": sound.sample_rate if sound else None,
+            "channels": sound.channels if sound else None,
+        }
+
+
+def ledger_path(manifest: Path) -> Path:
+    """x.jsonl -> x.rejects.jsonl: what is in no manifest, and why."""
+    return manifest.with_name(f"{manifest.stem}.rejects.jsonl")
+
+
+def write_manifest(out: Path, records: list[Record], rejects: list[Record]) -> None:
+    """Both files; paths become relative to `out`. DataError if nothing is left."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(ledger_path(out), rejects)
+        base = out.parent.resolve()
+        if records:
+            write_lines(out, [r | {"path": _relative(r["path"], base)} for r in records])
+    except OSError as error:
+        raise DataError(f"out={out}: cannot be written ({error}); give another --out") from error
+    if not records:
+        raise DataError(f"out={out}: not one clip is left; see {ledger_path(out)}")
+
+
+def _relative(path: str, base: Path) -> str:
+    return Path(os.path.relpath(Path(path).resolve(), base)).as_posix()
+
+
+def write_lines(path: Path, rows: list[Record]) -> None:
+    """JSON lines; the file appears when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8", errors="replace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part.replace(path)
+
+
+def find_media(folder: Path) -> list[Path]:
+    """Every media file below, sorted; hidden ones are a downloader's or an archiver's."""
+    if not folder.is_dir():
+        raise DataError(f"root={folder}: no such folder; give the one that holds the clips")
+    paths = (Path(at) / name for at, _, names in os.walk(folder, followlinks=True)
+             for name in names)
+    return sorted(p for p in paths if p.suffix.lower() in MEDIA and not p.name.startswith("."))

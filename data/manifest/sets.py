@@ -1,0 +1,175 @@
+"""The sets as they lie on disk: AVSync15, Landscape, a folder of clips, the playground.
+
+Layouts are those of the downloads (AVSync15 and the lists: lzhangbj/ASVA; Landscape: the copy by
+researchmm/MM-Diffusion). What is listed and absent, or present and not listed, goes to the ledger.
+`origin` is the recording a clip is cut from (a YouTube id, "" where the name does not say) and
+`origin_start` where in it the file begins: what duplicates and leaks are found by.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from data.manifest.read import read_records
+from data.manifest.records import Listing, Record, find_media, reject
+from data.schema import DataError
+
+SPLITS = {"train": "train", "test": "validation"}  # the sets' own names -> ours
+# <id>_<first s>_<last s>_<from>_<to>: VGGSound's ten seconds and the part of them that was kept.
+AVSYNC15 = re.compile(r"(?P<id>.{11})_(?P<first>\d{6})_\d{6}_(?P<part>\d+(\.\d+)?)_\d+(\.\d+)?")
+YOUTUBE = re.compile(r"(?P<id>[\w-]{11})_(?P<first>\d{1,6})(_.*)?")
+
+
+def list_avsync15(root: Path) -> Listing:
+    """root/{train,test}.txt with lines `<class>/<clip>.mp4[,start,end]`, root/videos/<class>/."""
+    return _by_lists(root, {split: root / "videos" for split in SPLITS}, "avsync15", "AVSync15")
+
+
+def list_landscape(root: Path) -> Listing:
+    """root/[videos/]{train,test}/<class>/...; its lists, if there, are relative to that part."""
+    videos = root / "videos" if (root / "videos").is_dir() else root
+    parts = {split: videos / split for split in SPLITS}
+    if not parts["train"].is_dir():
+        raise DataError(
+            f"root={root}: neither {root / 'videos/train'} nor {root / 'train'} is a folder; give "
+            "the one that holds them"
+        )
+    if (root / "train.txt").is_file():
+        return _by_lists(root, parts, "landscape", "Landscape")
+    words = _class_names(root)
+    clips = {split: _scan(folder) for split, folder in parts.items() if folder.is_dir()}
+    names = [(split, name, None) for split in clips for name in clips[split]]
+    return Listing(
+        [_clip(parts, "landscape", "Landscape", words, *entry) for entry in names], []
+    )
+
+
+def list_folder(root: Path) -> Listing:
+    """Any tree of media files: id = path below root, class = the folder it lies in."""
+    records = [
+        {
+            "id": path.relative_to(root).as_posix(),
+            "source": "folder",
+            "class": path.parent.relative_to(root).as_posix() if path.parent != root else "",
+            "split": "train",
+            "subset": "",
+            "path": str(path),
+            "origin": "",
+            "origin_start": 0.0,
+        }
+        for path in find_media(root)
+    ]
+    return Listing(records, [])
+
+
+def list_playground(root: Path) -> Listing:
+    """What `python -m data.playground` wrote: its manifest, and impacts from events.jsonl."""
+    found, faults = read_records(root / "manifest.jsonl", "train")
+    path = root / "events.jsonl"
+    if not path.is_file():
+        raise DataError(f"root={root}: no events.jsonl; write it with `python -m data.playground`")
+    truth = {t["id"]: t for t in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    records = []
+    for record in found:
+        facts = truth.get(record["id"], {"events": [], "material": ""})
+        marks = [[event["time"], facts["material"], "impact"] for event in facts["events"]]
+        record |= {"subset": record["class"], "origin": record["id"], "origin_start": 0.0}
+        records.append(record | {"path": str(root / record["path"]), "marks": marks})
+    rejects = [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line} for f in faults]
+    return Listing(records, rejects)
+
+
+def _by_lists(root: Path, parts: dict[str, Path], source: str, subset: str) -> Listing:
+    """The clips that train.txt and test.txt name, below the folder of each."""
+    words, done = _class_names(root), Listing([], [])
+    seen: dict[Path, str] = {}
+    for split in parts:
+        for number, name, t0 in _read_list(root / f"{split}.txt"):
+            where = f"{split}.txt line {number}"
+            record = _clip(parts, source, subset, words, split, name, t0)
+            path = Path(record["path"])
+            first = seen.setdefault(path, where)
+            if first != where:
+                done.rejects.append(reject(record, "duplicate", f"{where}: {first} has it too"))
+            elif not path.is_file():
+                done.rejects.append(reject(record, "missing_file", f"{where} names it"))
+            else:
+                done.records.append(record)
+    for split in sorted({folder: split for split, folder in parts.items()}.values()):
+        for name in _scan(parts[split]):
+            record = _clip(parts, source, subset, words, split, name, None)
+            if Path(record["path"]) not in seen:
+                done.rejects.append(reject(record, "unlisted", "neither train.txt nor test.txt"))
+    if not done.records:
+        raise DataError(
+            f"root={root}: none of the {len(seen)} listed clips lies below {parts['train']}; "
+            "unpack videos.tar.gz there"
+        )
+    return done
+
+
+def _read_list(path: Path) -> list[tuple[int, str, float | None]]:
+    """(line number, name, start of the cut or None) of every line `name` or `name,start,end`."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; the set's own list is needed")
+    entries: list[tuple[int, str, float | None]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        pinned = re.fullmatch(r"(.+),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", line)
+        if pinned:
+            entries.append((number, pinned[1], float(pinned[2])))
+        elif line:
+            entries.append((number, line, None))
+    return entries
+
+
+def _scan(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_media(folder)]
+
+
+def _class_names(root: Path) -> dict[str, str]:
+    """class_mapping.json: folder -> words. Not every copy has it."""
+    path = root / "class_mapping.json"
+    if not path.is_file():
+        return {}
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+        return {str(key): str(value) for key, value in words.items()}
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: no JSON object of names ({error}); fetch it again") from error
+
+
+def _clip(
+    parts: dict[str, Path],
+    source: str,
+    subset: str,
+    words: dict[str, str],
+    split: str,
+    name: str,
+    t0: float | None,
+) -> Record:
+    """The candidate for the clip `name` below the folder of `split`."""
+    path = parts[split] / name
+    folder = path.parent.relative_to(parts[split]).as_posix()
+    origin, start = parse_origin(path.stem)
+    record: dict[str, Any] = {
+        "id": f"{source}_{path.stem}",
+        "source": source,
+        "class": words.get(folder, folder.replace("_", " ")) if folder != "." else "",
+        "split": SPLITS[split],
+        "subset": subset,
+        "path": str(path),
+        "origin": origin,
+        "origin_start": start,
+    }
+    return record if t0 is None else record | {"t0": t0}
+
+
+def parse_origin(stem: str) -> tuple[str, float]:
+    """(YouTube id, second of it where the file begins); ("", 0) if the name does not say."""
+    if found := AVSYNC15.fullmatch(stem):
+        return found["id"], int(found["first"]) + float(found["part"])
+    if found := YOUTUBE.fullmatch(stem):
+        return found["id"], float(found["first"])
+    return "", 0.0
