@@ -20,8 +20,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from data.dataset import DataConfig, HeldOut, build_loader
-from data.schema import Batch, DataError, Metadata, check_root, load_text_states
+from data.dataset import HeldOut, build_loader
+from data.provenance import check_provenance
+from data.schema import Batch, DataError
+from data.sources import DataConfig, Opened, check_data
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.attention import Attention
 from model.flow import FlowConfig
@@ -83,9 +85,9 @@ class RunConfig:
             raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
 
 
-def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig:
+def build_model_config(config: RunConfig, stream: Opened) -> AVFullDiTConfig:
     """Tower shapes from the backbones' own files, rates from the shards, the rest from the YAML."""
-    sound = config.task == "t2av"  # its twin needs nothing of TangoFlux
+    metadata, sound = stream.metadata, config.task == "t2av"  # t2v needs nothing of TangoFlux
     video, audio = read_tower_configs(config.wan, config.tangoflux if sound else None)
     widths = [("video latents", metadata.video_latent_shape[0], video.in_channels),
               ("video text states", metadata.video_text_width, video.text_dim)]
@@ -95,7 +97,7 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
     for what, stored, taken in widths:
         if stored != taken:
             raise ConfigError(
-                f"data.root={config.data.root} holds {what} of width {stored}, but the backbones "
+                f"data.root={stream.place} holds {what} of width {stored}, but the backbones "
                 f"(wan={config.wan}, tangoflux={config.tangoflux}) take {taken}: prepare the data "
                 "with the encoders of the same folders"
             )
@@ -118,22 +120,22 @@ def build_model_config(config: RunConfig, metadata: Metadata) -> AVFullDiTConfig
 class Plan(NamedTuple):
     """All that is known before a process group or a model exists."""
 
-    metadata: Metadata
+    streams: list[Opened]  # what the model is built from is the same in all of them
     model: AVFullDiTConfig
     deepspeed: dict[str, Any]
+    notes: list[str]
 
 
 def build_plan(config: RunConfig, world: World) -> Plan:
     """Read and check every file the run names except the weights, in seconds, on any machine."""
-    data = config.data
-    metadata = check_root(
-        data.root, data.train_split, data.validation_split, config.global_batch_size
-    )
+    streams = check_data(config.data, config.global_batch_size)
+    notes = check_provenance({stream.place: stream.metadata for stream in streams}, config.wan,
+                             config.tangoflux if config.task == "t2av" else None)
     ds_config = ds.complete_ds_config(
         ds.read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
         world.world_size,
     )
-    return Plan(metadata, build_model_config(config, metadata), ds_config)
+    return Plan(streams, build_model_config(config, streams[0]), ds_config, notes)
 
 
 def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
@@ -155,47 +157,52 @@ def train_step(
 ) -> torch.Tensor:
     """One optimiser update from this rank's share of the global batch.
 
-    Returns: (2,) float64, this rank's mean video and audio loss, left on the device.
+    Returns: (3,) float64 on the device: this rank's video loss and audio loss, summed over
+    samples, and the samples with sound.
     """
     batch = objective.drop_captions(batch, epoch, empty)
     t = objective.draw_t(batch.sample_ids, epoch)
     micro = engine.train_micro_batch_size_per_gpu()
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    weight = batch.audio_weight.to(engine.device)
     for begin in range(0, len(batch.sample_ids), micro):
         part = slice(begin, begin + micro)
         noised = objective.noise(batch.part(part), t[part], epoch, engine.device)
         video, audio = objective.losses(engine, noised, cross_modal_bias)
-        # Equal micro-batches: the mean of their means is the mean over the global batch.
-        engine.backward(objective.total(video.mean(), audio.mean()))
+        # Equal micro-batches: the mean of their means is the mean over the global batch, and the
+        # weights make it one over its samples with sound.
+        engine.backward(objective.total(video.mean(), (audio * weight[part]).mean()))
         engine.step()
-        totals += torch.stack([video.detach().sum(), audio.detach().sum()]).double()
-    return totals / len(batch.sample_ids)
+        totals += summed(video, audio, noised.has_audio)
+    return totals
+
+
+def summed(*losses: torch.Tensor) -> torch.Tensor:
+    return torch.stack([values.detach().double().sum() for values in losses])
 
 
 @torch.no_grad()
 def validate(
-    engine: Any, held_out: HeldOut, objective: Objective, samples: int | None, world: World
+    engine: Any, held_out: HeldOut, objective: Objective, samples: int | None, world: World,
+    step: int,
 ) -> dict[str, float]:
     """Held-out loss per modality on a fixed (sample, t, noise) grid: the same in t2av and t2v.
 
     Samples are dealt to the ranks in turn and padded, so that every rank runs as many forwards.
     """
     engine.eval()
-    count = min(samples or len(held_out), len(held_out))
     micro = engine.train_micro_batch_size_per_gpu()
-    mine = [world.rank + world.world_size * index for index in range(-(-count // world.world_size))]
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for begin in range(0, len(mine), micro):
-        indices = mine[begin : begin + micro]
-        batch = held_out.batch([index % count for index in indices])
-        real = torch.tensor([index < count for index in indices], device=engine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+    for batch, kept in held_out.shares(samples, micro, world.rank, world.world_size, step):
+        real = kept.to(engine.device)
         for value in VALIDATION_T:
-            t = torch.full((len(indices),), value)
+            t = torch.full((len(kept),), value)
             noised = objective.noise(batch, t, VALIDATION_EPOCH, engine.device)
             video, audio = objective.losses(engine, noised)
-            sums += torch.stack([(video * real).sum(), (audio * real).sum()]).double()
+            sums += summed(video * real, audio * real, real, noised.has_audio & real)
     engine.train()
-    means = (sum_over_ranks(sums) / (count * len(VALIDATION_T))).tolist()
+    video_sum, audio_sum, count, heard = sum_over_ranks(sums).tolist()
+    means = [video_sum / count, audio_sum / max(heard, 1)]
     tags = ["loss_video", "loss_audio"] if objective.task == "t2av" else ["loss_video"]
     return {f"validation/{tag}": mean for tag, mean in zip(tags, means, strict=False)}
 
@@ -244,15 +251,17 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     first = load_checkpoint(engine, tag, world)["step"] if tag else 0
+    ledger = run_dir / "substitutions.jsonl" if world.is_main else None
     loader = build_loader(
-        config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first
+        config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
+        ledger,
     )
-    held_out, empty = HeldOut(config.data), load_text_states(config.data.root)
+    held_out, empty = HeldOut(config.data, ledger), plan.streams[0].text_states
     objective = Objective(config.task, config.seed, config.flow)
     writer = MetricWriter(run_dir if world.is_main else None, first + 1 if first else 0)
     if world.is_main:
         writer.record({"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
-                       "data": dataclasses.asdict(plan.metadata),
+                       "data": dataclasses.asdict(plan.streams[0].metadata),
                        "model": dataclasses.asdict(plan.model)})
         new = new_parameter_names(model)
         added = (p for name, p in model.named_parameters() if name in new)
@@ -261,18 +270,19 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
             f"{ds.count_parameters(added):,} of them new; attention {model.attention_kernel}; "
             f"recompute {config.recompute}\n{ds.describe_batch(plan.deepspeed, world)}\n"
             + (f"resuming at step {first}" if first else "starting from the pretrained backbones")
+            + "".join(f"\nnote: {note}" for note in plan.notes)
         )
     if fresh and config.self_check:
         found = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
         writer.say(f"stitch self-check: deviation from the backbones {describe(found)}")
 
     step, clock, began = first, Clock(), Clock()
-    sums, counted = torch.zeros(2, dtype=torch.float64, device=engine.device), 0
+    sums, counted = torch.zeros(3, dtype=torch.float64, device=engine.device), 0
     while True:
         done = step >= config.max_steps
         fresh_step = step > first or step == 0  # a resumed run has this step's record already
         if fresh_step and (step % config.validate_every == 0 or done):
-            values = validate(engine, held_out, objective, config.validation_samples, world)
+            values = validate(engine, held_out, objective, config.validation_samples, world, step)
             writer.scalars(step, values)
             writer.say(f"step {step}/{config.max_steps}  held-out  " + "  ".join(
                 f"{tag.split('/')[1][5:]} {value:.4f}" for tag, value in values.items()))
@@ -290,7 +300,8 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
         sums += train_step(engine, batch, epoch, objective, empty, bias)
         step, counted = step + 1, counted + 1
         if step % config.log_every == 0 or step == config.max_steps:
-            losses = (sum_over_ranks(sums) / (counted * world.world_size)).tolist()
+            video_sum, audio_sum, heard = sum_over_ranks(sums).tolist()
+            losses = [video_sum / (counted * config.global_batch_size), audio_sum / max(heard, 1)]
             values = step_values(step, losses, engine, config, objective)
             writer.step(step, config.max_steps, values, clock.tick(counted), clock)
             sums, counted = torch.zeros_like(sums), 0

@@ -1,185 +1,69 @@
-"""Shards -> batches: a strict StreamingDataset whose order is a pure function of (seed, epoch).
+"""Shards -> batches: the same global batches for any number of ranks, workers and micro-batches.
 
-The global batch of every step is the same set of samples for any number of ranks, workers and
-micro-batches, resumed or not; a rank reads its slice of it. `locate` gives the place of any step,
-so nothing about the loader needs to be in a checkpoint. Called by train.py.
-
-RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be set (streaming reads them); without them this is
-one process. A damaged or missing shard stops the run on every rank, it never shortens an epoch.
+The global batch of every step is a row of `data.order`, resumed or not; a rank reads its slice of
+it. `locate` gives the place of any step, so nothing about the loader needs to be in a checkpoint.
+A shard that cannot be read stops the run on every rank in the same step, or is substituted, which
+a ledger tells. Called by train.py.
 """
 
 import functools
+import json
 import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-from streaming import StreamingDataLoader, StreamingDataset
-from streaming.base.dataset import _ShardState
-from streaming.base.hashing import get_hash
-from streaming.base.shuffle import get_shuffle
+import torch
+from streaming import StreamingDataLoader
+from torch import Tensor
 
-from data.schema import HASH, Batch, DataError, Metadata, check_split, collate, load_metadata
+from data.agreement import agree
+from data.order import locate
+from data.schema import Batch, DataError, Metadata, collate
+from data.shards import ShardDataset
+from data.sources import DataConfig, Opened, buckets, open_streams
 
-SHUFFLE_BLOCK = 1 << 18  # samples; shards are mixed within a block of this size
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the shards are and how they are read."""
-
-    root: str
-    train_split: str = "train"
-    validation_split: str = "validation"
-    num_workers: int = 2  # processes per rank
-    shuffle: bool = True
-    num_canonical_nodes: int = 1  # >1: a node reads only its share of the shards; part of the order
-    timeout_seconds: float = 300.0  # for one batch from a worker
+Substitution = dict[str, Any]
+T = TypeVar("T")
 
 
-def epoch_order(
-    shard_sizes: np.ndarray,
-    global_batch_size: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool = True,
-    num_canonical_nodes: int = 1,
-) -> np.ndarray:
-    """(steps, global_batch_size) sample indices: every global batch of one epoch.
+class Ledger:
+    """The bad shards that all ranks know of, and RUN/substitutions.jsonl, which rank 0 writes.
 
-    steps = floor(samples / global_batch_size); the few samples left out differ from epoch to
-    epoch. Each canonical node gives an equal share of every batch, from its own shards.
-    """
-    total = int(shard_sizes.sum())
-    steps, share = total // global_batch_size, global_batch_size // num_canonical_nodes
-    order = np.arange(total)
-    if shuffle:
-        order = get_shuffle("py1e", shard_sizes, num_canonical_nodes, seed, epoch, SHUFFLE_BLOCK)
-    bounds = [total * node // num_canonical_nodes for node in range(num_canonical_nodes)]
-    parts = [order[begin : begin + steps * share].reshape(steps, share) for begin in bounds]
-    return np.concatenate(parts, axis=1)
-
-
-def locate(step: int, steps_per_epoch: int) -> tuple[int, int]:
-    """Step (optimiser updates done) -> (epoch, batch within it)."""
-    return divmod(step, steps_per_epoch)
-
-
-class ShardDataset(StreamingDataset):
-    """One split of a prepared data set, in our own order; every fault is raised at once.
-
-    The plain StreamingDataset ends the epoch early (no workers) or hangs (workers) when a shard
-    cannot be read, and never checks a shard that is already on disk.
+    One line per substituted sample: step, split, sample index, shard, reason, id that was used.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        split: str,
-        global_batch_size: int = 1,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        check_split(config.root, split)
-        self.folder = Path(config.root) / split
-        self.global_batch_size = global_batch_size
-        self.failure: BaseException | None = None
-        self.verified: set[int] = set()
-        super().__init__(
-            local=config.root,
-            split=split,
-            batch_size=global_batch_size // world_size,
-            shuffle=config.shuffle,
-            shuffle_seed=seed,
-            num_canonical_nodes=config.num_canonical_nodes,
-            validate_hash=HASH,
-        )
+    def __init__(self, config: DataConfig, split: str, path: Path | None) -> None:
+        self.config, self.split, self.path = config, split, path
+        self.bad: dict[str, int] = {}  # shard -> samples in it
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_samples // self.global_batch_size
+    def forget(self, first_step: int) -> None:
+        """Drop what was written of steps that are about to be trained again."""
+        if self.path is not None and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
 
-    def __len__(self) -> int:
-        """Samples per rank and epoch."""
-        return self.steps_per_epoch * int(self.batch_size or 1)
+    def enter(self, step: int, substitutions: list[Substitution], total: int) -> None:
+        """Note what all ranks met at `step`; DataError when too many of `total` samples are bad.
 
-    def start_at(self, step: int) -> None:
-        """Make the next epoch that is iterated begin at `step`."""
-        epoch, batch = locate(step, self.steps_per_epoch)
-        self.load_state_dict(
-            {
-                "epoch": epoch,
-                "sample_in_epoch": batch * self.global_batch_size,
-                "num_canonical_nodes": self.num_canonical_nodes,
-                "shuffle_seed": self.shuffle_seed,
-            }
-        )
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
-        """This worker's sample indices: whole batches, dealt to the workers in turn."""
-        world, batch_size = self._parallel_worker_world, int(self.batch_size or 1)
-        order = epoch_order(
-            self.samples_per_shard,
-            self.global_batch_size,
-            self.shuffle_seed,
-            epoch,
-            self.shuffle,
-            self.num_canonical_nodes or 1,
-        )
-        mine = order[sample_in_epoch // self.global_batch_size :]
-        mine = mine[world.worker_of_rank :: world.workers_per_rank]
-        begin = world.rank * batch_size
-        return mine[:, begin : begin + batch_size].flatten()
-
-    def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """One sample by index; its shard is hash-checked when this process first touches it."""
-        shard_id = int(self.spanner[sample_id][0])
-        if shard_id not in self.verified:
-            self._verify(shard_id)
-            self.verified.add(shard_id)
-        return super().get_item(sample_id, retry)
-
-    def _verify(self, shard_id: int) -> None:
-        raw_info, _ = self.shards[shard_id].file_pairs[0]
-        path = self.folder / raw_info.basename
-        if not path.is_file():
-            self.prepare_shard(shard_id)  # decompresses; checks the compressed file's hash
-        if get_hash(HASH, path.read_bytes()) != raw_info.hashes[HASH]:
+        The bound is on the share of the split that lies in bad shards, so it holds from the first
+        step on and is the same at every step and on every rank.
+        """
+        for told in substitutions:
+            self.bad[told["shard"]] = told["samples"]
+        if self.path is not None and substitutions:
+            with open(self.path, "a", encoding="utf-8") as file:
+                for told in substitutions:
+                    line = {"step": step} | {k: v for k, v in told.items() if k != "samples"}
+                    file.write(json.dumps(line) + "\n")
+        limit, lost = self.config.max_substituted_fraction, sum(self.bad.values())
+        if lost > limit * total:
             raise DataError(
-                f"{path}: its {HASH} is not the one in index.json; delete the file (it is made "
-                f"again from its .zstd) or copy the data set again"
+                f"data.max_substituted_fraction={limit}: {lost} of the {total} samples of split "
+                f"'{self.split}' are in bad shards ({', '.join(sorted(self.bad)[:3])}; "
+                f"{substitutions[0]['reason']}); copy the data set again, or allow more"
             )
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As the parent; a failure is a DataError and leaves no rank waiting for the shard."""
-        files = [
-            self.folder / info.basename for info in self.shards[shard_id].file_pairs[0] if info
-        ]
-        try:
-            if not any(path.is_file() for path in files):
-                raise FileNotFoundError("its file is missing")
-            super().prepare_shard(shard_id, blocking)
-        except Exception as error:
-            # The parent would leave it marked as being prepared, which others wait for: let them
-            # try themselves, and fail too.
-            self._shard_states[shard_id] = _ShardState.LOCAL
-            raise DataError(
-                f"{files[-1]}: this shard cannot be read ({error}); copy the data set again"
-            ) from error
-
-    def on_exception(self, future: Future) -> None:
-        """Keep a background thread's failure for the thread that yields samples."""
-        if future.exception() is not None:
-            self.failure = future.exception()
-            self._event.set()
-
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        yield from super()._each_sample_id(it)
-        if self._event.is_set():  # the parent would end the epoch here as if all was well
-            raise DataError(str(self.failure)) from self.failure
 
 
 def build_loader(
@@ -189,13 +73,17 @@ def build_loader(
     world_size: int,
     seed: int,
     first_step: int = 0,
+    ledger: Path | None = None,
 ) -> Iterator[tuple[int, Batch]]:
     """(epoch, Batch) for ever, from `first_step` on: this rank's samples of each global batch.
 
-    DataError, before anything is read, if the split is missing or smaller than one global batch
-    or the global batch cannot be divided.
+    `audio_weight` is scaled over the global batch: the mean of weight * loss over its samples is
+    the mean loss over those with sound, however they are spread over ranks and micro-batches.
+    ``ledger`` is the file for substitutions, None on all ranks but one. Every rank must take every
+    batch. DataError, before anything is read, if a split is missing or smaller than one global
+    batch or the global batch cannot be divided.
     """
-    metadata = load_metadata(config.root)
+    opened = open_streams(config)
     for key, value in {
         "ranks": world_size,
         "num_canonical_nodes": config.num_canonical_nodes,
@@ -206,11 +94,14 @@ def build_loader(
                 f"use {global_batch_size // value * value or value} or "
                 f"{(global_batch_size // value + 1) * value}"
             )
-    dataset = ShardDataset(config, config.train_split, global_batch_size, world_size, seed)
-    if dataset.steps_per_epoch < 1:
+    dataset = ShardDataset(
+        config, opened, config.train_split, global_batch_size, world_size, seed
+    )
+    if min(dataset.order.bucket_steps) < 1:
         raise DataError(
-            f"global_batch_size={global_batch_size}: split '{config.train_split}' of {config.root} "
-            f"has only {dataset.num_samples} samples; lower it or prepare more clips"
+            f"global_batch_size={global_batch_size}: split '{config.train_split}' of "
+            f"{config.place} has only {dataset.num_samples} samples (or too few of one shape); "
+            "lower it or prepare more clips"
         )
     seen = dataset._parallel_rank_world
     if (seen.rank, seen.num_ranks) != (rank, world_size):
@@ -219,12 +110,53 @@ def build_loader(
             f"{seen.rank} of {seen.num_ranks}; set both (and LOCAL_WORLD_SIZE) before loading"
         )
     dataset.start_at(first_step)
-    return _batches(dataset, metadata, config, locate(first_step, dataset.steps_per_epoch))
+    book = Ledger(config, config.train_split, ledger)
+    book.forget(first_step)
+    batches = _local_batches(dataset, [stream.metadata for stream in opened], first_step)
+    return _agreed(batches, dataset, book, first_step)
 
 
-def _batches(
-    dataset: ShardDataset, metadata: Metadata, config: DataConfig, place: tuple[int, int]
+def _agreed(
+    batches: Generator[tuple[int, Batch, list[Substitution]], None, None],
+    dataset: ShardDataset,
+    ledger: Ledger,
+    step: int,
 ) -> Iterator[tuple[int, Batch]]:
+    """This rank's batches, each after all ranks have theirs: or all of them raise."""
+    try:
+        while True:
+            epoch, batch, told = _together(functools.partial(next, batches))
+            told, heard = agree(None, told, int(batch.has_audio.sum()))
+            ledger.enter(step, told, dataset.num_samples)
+            scale = dataset.order.global_batch_size / max(heard, 1)
+            yield epoch, batch._replace(audio_weight=batch.audio_weight * scale)
+            step += 1
+    finally:
+        batches.close()
+
+
+def _together(read: Callable[[], T]) -> T:
+    """What `read` returns; a failure is told to every rank before it is raised."""
+    try:
+        return read()
+    except Exception as error:
+        message = str(error).strip()
+        if isinstance(error, DataError):  # a worker's comes with its traceback before it
+            message = message.splitlines()[-1].removeprefix("data.schema.DataError: ")
+        else:
+            message = f"{type(error).__name__}: {message}"
+        try:
+            agree(message, [])
+        except DataError:
+            if isinstance(error, DataError):
+                raise
+        raise
+
+
+def _local_batches(
+    dataset: ShardDataset, metadata: list[Metadata], first_step: int
+) -> Generator[tuple[int, Batch, list[Substitution]], None, None]:
+    config, steps = dataset.config, dataset.order.steps_per_epoch
     # A fork with threads alive (NCCL, tokenizers) can hang: workers come from a clean server,
     # which imports what they need once.
     context = multiprocessing.get_context("forkserver") if config.num_workers else None
@@ -234,21 +166,21 @@ def _batches(
         dataset,
         batch_size=dataset.batch_size,
         num_workers=config.num_workers,
-        collate_fn=functools.partial(collate, metadata=metadata),
+        collate_fn=functools.partial(_collate, metadata=metadata),
         timeout=config.timeout_seconds if config.num_workers else 0,
         persistent_workers=config.num_workers > 0,
         multiprocessing_context=context,
     )
-    epoch, seen = place
+    epoch, seen = locate(first_step, steps)
     try:
         while True:
-            for batch in loader:
-                yield epoch, batch
+            for batch, told in loader:
+                yield epoch, batch, told
                 seen += 1
-            if seen != dataset.steps_per_epoch:
+            if seen != steps:
                 raise DataError(
-                    f"{dataset.folder}: epoch {epoch} ended after {seen} of "
-                    f"{dataset.steps_per_epoch} batches; a shard cannot be read"
+                    f"{config.place}: epoch {epoch} ended after {seen} of {steps} batches; "
+                    "a shard cannot be read"
                 )
             epoch, seen = epoch + 1, 0
     finally:
@@ -259,19 +191,57 @@ def _batches(
             dataset._iterator.non_blocking_exit()  # the threads of this process
 
 
-class HeldOut:
-    """The validation split, any sample by its index: every rank reads the ones it is given."""
+def _collate(
+    samples: list[dict[str, Any]], metadata: list[Metadata]
+) -> tuple[Batch, list[Substitution]]:
+    """Samples of one bucket: the streams in it may differ in name, not in shape."""
+    told = [sample["substitution"] for sample in samples if sample["substitution"]]
+    return collate(samples, metadata[samples[0]["stream"]]), told
 
-    def __init__(self, config: DataConfig) -> None:
-        self.metadata = load_metadata(config.root)
-        self.dataset = ShardDataset(config, config.validation_split)
+
+class HeldOut:
+    """The validation split, any sample by its index: streams one after the other.
+
+    Every rank must call `batch` and `shares` alike.
+    """
+
+    def __init__(self, config: DataConfig, ledger: Path | None = None) -> None:
+        self.opened: list[Opened] = open_streams(config)
+        self.dataset = ShardDataset(config, self.opened, config.validation_split)
+        self.ledger = Ledger(config, config.validation_split, ledger)
 
     def __len__(self) -> int:
         return self.dataset.num_samples
 
-    def batch(self, indices: list[int]) -> Batch:
-        """The samples of these indices, in this order."""
-        return collate([self.dataset[index] for index in indices], self.metadata)
+    def batch(self, indices: list[int], step: int = 0) -> Batch:
+        """The samples of these indices, of one shape, in this order."""
+        samples = _together(lambda: [self.dataset[index] for index in indices])
+        batch, told = _collate(samples, [stream.metadata for stream in self.opened])
+        self.ledger.enter(step, agree(None, told)[0], len(self))
+        return batch
+
+    def shares(
+        self, samples: int | None, size: int, rank: int, world_size: int, step: int
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """This rank's part of a fixed choice of `samples` (None: all), batches of one shape.
+
+        As many batches on every rank, padded: (B,) bool says which samples are real. Each stream
+        gives its first ones, in proportion to its size.
+        """
+        counts = self.dataset.samples_per_stream
+        wanted = min(samples or len(self), len(self))
+        ends = counts.cumsum()
+        taken = [int(wanted * end // len(self)) for end in ends]
+        chosen = [taken[0], *(b - a for a, b in zip(taken, taken[1:], strict=False))]
+        for members in buckets(self.opened).values():
+            pool = [int(ends[index] - counts[index]) + place
+                    for index in members for place in range(chosen[index])]
+            per_rank = -(-len(pool) // world_size)
+            places = [rank + world_size * turn for turn in range(per_rank)]
+            for begin in range(0, per_rank, size):
+                part = places[begin : begin + size]
+                real = torch.tensor([place < len(pool) for place in part])
+                yield self.batch([pool[place % len(pool)] for place in part], step), real
 
     def records(self, indices: list[int]) -> list[dict[str, Any]]:
         """Their manifest records: id, captions, source, and what was found out."""

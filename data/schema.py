@@ -62,12 +62,13 @@ class Metadata:
 
 
 class Batch(NamedTuple):
-    """Samples of one shape; the first field is batch-first, which streaming counts by."""
+    """Samples of one shape."""
 
     video_latents: Tensor  # (B, C, F, h, w) float32, normalised
     audio_mean: Tensor  # (B, L, C) float32
     audio_std: Tensor  # (B, L, C) float32
     has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
+    audio_weight: Tensor  # (B,) float32 of the audio loss: 0 without sound; `data.dataset` scales
     video_text: Tensor  # (B, Nt, D) bfloat16, zero-padded
     audio_text: Tensor  # (B, 64, D) bfloat16
     audio_text_mask: Tensor  # (B, 64) bool, True = token
@@ -139,6 +140,7 @@ def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
         audio_mean=torch.stack([_float(sample["audio_mean"]) for sample in samples]),
         audio_std=torch.stack([_float(sample["audio_std"]) for sample in samples]),
         has_audio=torch.tensor([bool(sample["has_audio"]) for sample in samples]),
+        audio_weight=torch.tensor([float(sample["has_audio"]) for sample in samples]),
         video_text=torch.stack(
             [_padded(_bfloat16(s["video_text"]), metadata.video_text_length) for s in samples]
         ),
@@ -174,24 +176,6 @@ def load_metadata(root: str | Path) -> Metadata:
         raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
 
 
-def check_root(root: str | Path, train_split: str, validation_split: str, batch: int) -> Metadata:
-    """All that can be said of a data set without reading a sample: files, sizes, counts.
-
-    DataError if a file is missing or the training split is smaller than one global batch.
-    """
-    metadata = load_metadata(root)
-    load_text_states(root)
-    for split in (train_split, validation_split):
-        check_split(root, split)
-    samples = metadata.counts.get(train_split, 0)
-    if samples < batch:
-        raise DataError(
-            f"global_batch_size={batch}: split '{train_split}' of {root} has only {samples} "
-            "samples; lower it or prepare more clips"
-        )
-    return metadata
-
-
 def load_text_states(root: str | Path) -> dict[str, Tensor]:
     """Encoded "" and negative prompts, bfloat16, stored beside the shards.
 
@@ -207,8 +191,8 @@ def load_text_states(root: str | Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
 
 
-def check_split(root: str | Path, split: str) -> None:
-    """DataError unless the split's index is there and every shard it names has its size."""
+def check_split(root: str | Path, split: str, whole: bool) -> None:
+    """DataError unless the split's index is there and, if ``whole``, so is every shard in size."""
     folder = Path(root) / split
     index = folder / "index.json"
     if not index.is_file():
@@ -217,7 +201,7 @@ def check_split(root: str | Path, split: str) -> None:
         shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{index}: damaged ({error!r}); copy the data set again") from error
-    for shard in shards:
+    for shard in shards if whole else ():
         files = [info for info in (shard["raw_data"], shard.get("zip_data")) if info]
         sizes = {info["basename"]: info["bytes"] for info in files}
         found = {n: os.path.getsize(folder / n) for n in sizes if (folder / n).is_file()}

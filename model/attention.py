@@ -2,8 +2,8 @@
 
 Every attention of the model (video self- and cross-attention, audio double and single blocks,
 AVFull-Attention of Eq. 7) calls one shared `Attention` object, so that the kernel is chosen once,
-can be printed once, and never differs between blocks. No call takes a mask: AVFull-Attention
-slices keys instead, which every kernel runs at full speed.
+can be printed once, and never differs between blocks. No call takes a mask while every clip has
+sound: AVFull-Attention slices keys instead, which every kernel runs at full speed.
 
 diffusers' dispatcher is not used: the model must run with torch alone, the dispatcher reaches
 flash-attn 4 only through a hub download, and it warns and goes on where we want an error.
@@ -93,15 +93,18 @@ class Attention:
     ) -> torch.Tensor:
         """query (B, Lq, H, D), key and value (B, Lk, H, D) -> (B, Lq, H, D).
 
-        ``key_bias`` (Lk,) is added to the logits. Only init I2 has one, in its first few hundred
-        steps; no flash kernel takes it, so those calls go to PyTorch's SDPA whatever was chosen.
+        ``key_bias`` (Lk,) or (B, Lk) is added to the logits: init I2's in its first few hundred
+        steps, and -inf on the audio of clips without sound. No flash kernel takes it, so those
+        calls go to PyTorch's SDPA whatever was chosen.
         """
         kernel = self.resolve(query.device, query.dtype)
         if kernel in PACKAGES and key_bias is None:
             output = self._flash(query, key, value, softmax_scale=query.shape[-1] ** -0.5)
             # Versions differ in whether the log-sum-exp comes along.
             return output[0] if isinstance(output, tuple) else output
-        mask = None if key_bias is None else key_bias.to(query.dtype)[None, None, None]
+        mask = None
+        if key_bias is not None:
+            mask = key_bias.to(query.dtype).reshape(-1, 1, 1, key.shape[1])  # (1 or B, 1, 1, Lk)
         inputs = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         if kernel == "sdpa_math" or (kernel in SDPA_BACKENDS and mask is None):
             with sdpa_kernel(SDPA_BACKENDS[kernel]):

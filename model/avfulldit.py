@@ -77,6 +77,7 @@ class AVFullDiT(nn.Module):
         cross_modal_bias: float = 0.0,
         audio_t: torch.Tensor | None = None,
         video_text_rows: int | None = None,
+        audio_present: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Velocities eps - x0 of both modalities (Eq. 2-3), in float32.
 
@@ -87,7 +88,8 @@ class AVFullDiT(nn.Module):
         ``cross_modal`` False masks V <-> A; ``cross_modal_bias`` is added to their logits (init I2,
         from `JointConfig.cross_modal_bias`). ``audio_t`` (B,) is the audio's own t; None shares t.
         ``video_text_rows`` promises that video_text is zero from row video_text_rows - 1 on, so
-        that its keys and values are computed on so many rows only.
+        that its keys and values are computed on so many rows only. ``audio_present`` (B,) bool
+        is False for clips without sound, whose video then hears nothing; None: all have sound.
         """
         if t.shape != noisy_video.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; it must be ({noisy_video.shape[0]},)")
@@ -98,12 +100,12 @@ class AVFullDiT(nn.Module):
             video = self._run(block, video, video_context)
         audio_inputs = (noisy_audio, audio_text, audio_text_mask, duration)
         if self.config.task == "t2v":
-            if any(value is not None for value in (*audio_inputs, audio_t)):
+            if any(value is not None for value in (*audio_inputs, audio_t, audio_present)):
                 raise ValueError("task=t2v takes no audio inputs; use task=t2av")
             return self.video.velocity(video, video_context), None
         stream, audio_context = self._embed_audio(t if audio_t is None else audio_t, *audio_inputs)
         joint_context, ropes = self._joint_positions(video_context, audio_context)
-        coupling = Coupling(cross_modal, cross_modal_bias, ropes)
+        coupling = Coupling(cross_modal, cross_modal_bias, ropes, audio_present)
         for block in self.joint_blocks:
             video, stream = self._run(
                 block, video, stream, video_context, joint_context, coupling

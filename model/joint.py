@@ -24,6 +24,7 @@ class Coupling(NamedTuple):
     cross_modal: bool  # False masks V <-> A: the outputs are then those of the two towers
     bias: float  # on V <-> A logits; 0 is the paper's attention
     ropes: tuple[Rope, Rope] | None  # time of video and of [audio | text], for CrossFusion
+    audio_present: torch.Tensor | None = None  # (B,) bool, False: a clip without sound; None: all
 
 
 class AVFullAttention(nn.Module):
@@ -41,18 +42,27 @@ class AVFullAttention(nn.Module):
         self.audio_text = audio_text
 
     def forward(
-        self, video: QKV, stream: QKV, num_audio: int, cross_modal: bool, bias: float = 0.0
+        self, video: QKV, stream: QKV, num_audio: int, cross_modal: bool, bias: float = 0.0,
+        audio_present: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """video (B, Nv, H, D), stream [audio | text] (B, La + Lt, H, D) -> outputs alike."""
+        """video (B, Nv, H, D), stream [audio | text] (B, La + Lt, H, D) -> outputs alike.
+
+        Where ``audio_present`` (B,) is False, video attends to itself alone: that clip has no
+        sound, and what its audio stream computes enters neither the video nor the loss.
+        """
         if not cross_modal:
             return self.attend(*video), self.attend(*stream)
         key = torch.cat((video.key, stream.key), dim=1)  # (B, Nv + La + Lt, H, D)
         value = torch.cat((video.value, stream.value), dim=1)
         num_video, num_stream = video.key.shape[1], stream.key.shape[1]
         to_stream = to_video = None  # bias per key, for video's queries and for the stream's
-        if bias:
-            to_stream = bias * (torch.arange(key.shape[1], device=key.device) >= num_video)
-            to_video = bias - to_stream
+        if bias or audio_present is not None:
+            of_stream = torch.arange(key.shape[1], device=key.device) >= num_video
+            to_stream = bias * of_stream
+            to_video = bias - to_stream if bias else None
+            if audio_present is not None:
+                silent = ~audio_present[:, None] & of_stream  # (B, keys)
+                to_stream = to_stream.masked_fill(silent, -torch.inf)
         elif self.audio_text == "stream":
             query = torch.cat((video.query, stream.query), dim=1)
             return self.attend(query, key, value).split((num_video, num_stream), dim=1)
@@ -64,7 +74,7 @@ class AVFullAttention(nn.Module):
         last_audio = num_video + num_audio
         video_out = self.attend(
             video.query, key[:, :last_audio], value[:, :last_audio],
-            None if to_stream is None else to_stream[:last_audio],
+            None if to_stream is None else to_stream[..., :last_audio],
         )
         audio_query, text_query = stream.query[:, :num_audio], stream.query[:, num_audio:]
         audio_out = self.attend(audio_query, key, value, to_video)
@@ -161,7 +171,8 @@ class JointBlock(nn.Module):
         audio_qkv, state = self.audio.before_attention(stream, audio_context)
         if self.fusion == "full":
             video_out, stream_out = self.attention(
-                video_qkv, audio_qkv, audio_context.num_audio, coupling.cross_modal, coupling.bias
+                video_qkv, audio_qkv, audio_context.num_audio, coupling.cross_modal, coupling.bias,
+                coupling.audio_present,
             )
         else:
             video_out, stream_out = self.attend(*video_qkv), self.attend(*audio_qkv)
@@ -184,5 +195,7 @@ class JointBlock(nn.Module):
         size = num_audio if self.audio_text == "masked" else stream.shape[1]
         heard, rope = stream[:, :size], Rope(*(table[:size] for table in stream_rope))
         to_video = self.new_video_fusion(video, heard, video_rope, rope)
+        if coupling.audio_present is not None:
+            to_video = to_video * coupling.audio_present[:, None, None]
         to_stream = self.new_audio_fusion(heard, video, rope, video_rope)
         return video + to_video, torch.cat((heard + to_stream, stream[:, size:]), dim=1)

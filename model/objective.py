@@ -39,6 +39,8 @@ class LatentBatch(Protocol):
     @property
     def audio_std(self) -> Tensor: ...  # (B, L, C)
     @property
+    def has_audio(self) -> Tensor: ...  # (B,) bool
+    @property
     def video_text(self) -> Tensor: ...  # (B, Nt, D) zero-padded
     @property
     def audio_text(self) -> Tensor: ...  # (B, 64, D)
@@ -59,6 +61,7 @@ class Noised(NamedTuple):
     inputs: dict[str, Any]  # keyword arguments of AVFullDiT.forward
     video_target: Tensor  # (B, C, T, H, W)
     audio_target: Tensor | None  # (B, L, C); None in t2v
+    has_audio: Tensor  # (B,) bool; False: no audio loss
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,9 @@ class Objective:
             "video_text": batch.video_text.to(device),
             "video_text_rows": distinct_rows(batch.video_text),
         }
+        has_audio = batch.has_audio.to(device)
         if self.task == "t2v":
-            return Noised(inputs, velocity_target(video, video_noise), None)
+            return Noised(inputs, velocity_target(video, video_noise), None, has_audio)
         mean, std = batch.audio_mean.to(device), batch.audio_std.to(device)
         audio = mean + std * keyed_normal("audio_vae", *key, mean.shape[1:], device)  # (B, L, C)
         audio_noise = keyed_normal("audio_noise", *key, mean.shape[1:], device)
@@ -142,21 +146,24 @@ class Objective:
             "audio_text_mask": batch.audio_text_mask.to(device),
             "duration": batch.duration.to(device),
         }
+        if not batch.has_audio.all():  # else the attention of every kernel, without a mask
+            inputs["audio_present"] = has_audio
         return Noised(
-            inputs, velocity_target(video, video_noise), velocity_target(audio, audio_noise)
+            inputs, velocity_target(video, video_noise), velocity_target(audio, audio_noise),
+            has_audio,
         )
 
     def losses(
         self, model: Callable[..., Any], noised: Noised, cross_modal_bias: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Eq. 3, (B,) per modality, mean over elements; audio is zero in a t2v run."""
+        """Eq. 3, (B,) per modality, mean over elements; audio is zero in t2v and without sound."""
         video_velocity, audio_velocity = model(
             **noised.inputs, cross_modal_bias=cross_modal_bias
         )
         video = flow_loss(video_velocity, noised.video_target)
         if noised.audio_target is None:
             return video, torch.zeros_like(video)
-        return video, flow_loss(audio_velocity, noised.audio_target)
+        return video, flow_loss(audio_velocity, noised.audio_target) * noised.has_audio
 
     def total(self, video: Any, audio: Any) -> Any:
         """Eq. 10: the weighted sum, of tensors or of numbers."""

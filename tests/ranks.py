@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.dataset import DataConfig, HeldOut, build_loader
+from data.dataset import HeldOut, build_loader
+from data.sources import DataConfig
 
 
 def read_rank(

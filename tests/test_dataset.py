@@ -4,30 +4,19 @@ import itertools
 import multiprocessing
 import shutil
 import socket
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data.dataset import DataConfig, HeldOut, ShardDataset, build_loader, epoch_order, locate
+from data.dataset import HeldOut, build_loader
 from data.schema import DataError, load_metadata
+from data.sources import DataConfig
 from tests.prepared import write_shards
 from tests.ranks import read_rank
 
 TRAIN, HELD = 26, 5
-SIZES = np.array([7, 7, 7, 5])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def private_temporary_folder(tmp_path_factory):
-    """Streaming leaves two lock files per data set in it."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("tmp"))
-        patch.setenv("TMPDIR", folder)
-        patch.setattr(tempfile, "tempdir", folder)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +34,6 @@ def copy(shards, tmp_path):
 def read(config: DataConfig, steps: int, batch: int = 4, first: int = 0, seed: int = 3) -> list:
     loader = build_loader(config, batch, 0, 1, seed, first)
     return [(e, tuple(b.sample_ids)) for e, b in itertools.islice(loader, steps)]
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("nodes", [1, 2, 4])
-@pytest.mark.parametrize("batch", [4, 8, 12])
-def test_an_epoch_is_whole_batches_without_repeats(batch, nodes, shuffle):
-    orders = [epoch_order(SIZES, batch, 0, epoch, shuffle, nodes) for epoch in range(3)]
-    for order in orders:
-        assert order.shape == (26 // batch, batch)
-        assert len(set(order.flatten().tolist())) == order.size
-        assert order.min() >= 0 and order.max() < 26
-    assert np.array_equal(orders[1], epoch_order(SIZES, batch, 0, 1, shuffle, nodes))
-    assert np.array_equal(orders[0], orders[1]) is not shuffle
-    other_seed = epoch_order(SIZES, batch, 1, 0, shuffle, nodes)
-    assert np.array_equal(orders[0], other_seed) is not shuffle
-
-
-def test_every_sample_has_its_turn_though_some_are_left_out_of_an_epoch():
-    seen = {int(i) for epoch in range(8) for i in epoch_order(SIZES, 4, 0, epoch).flatten()}
-    assert seen == set(range(26))
-
-
-def test_canonical_nodes_read_their_own_shards():
-    order = epoch_order(np.array([8, 8, 8, 8]), 4, 0, 0, True, 2)
-    halves = [{int(i) // 8 for i in part.flatten()} for part in np.split(order, 2, axis=1)]
-    assert not halves[0] & halves[1] and all(len(half) == 2 for half in halves)
-
-
-def test_locate_is_a_pure_function_of_the_step():
-    assert [locate(step, 6) for step in (0, 5, 6, 13)] == [(0, 0), (0, 5), (1, 0), (2, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -180,42 +139,6 @@ def test_held_out_samples_by_index(shards):
     assert len(overfit) == TRAIN
 
 
-def flip_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x40
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_shard_stops_the_run(copy, workers):
-    flip_byte(sorted((copy / "train").glob("*.zstd"))[1])
-    with pytest.raises(
-        DataError, match="shard.00001.mds.zstd: this shard cannot be read .Checksum failure"
-    ):
-        read(DataConfig(str(copy), num_workers=workers, timeout_seconds=60), 20)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shard_that_vanishes_during_the_run_stops_it(copy, workers):
-    loader = build_loader(
-        DataConfig(str(copy), num_workers=workers, timeout_seconds=60), 4, 0, 1, 3
-    )
-    sorted((copy / "train").glob("*.zstd"))[2].unlink()
-    with pytest.raises(
-        DataError, match="shard.00002.mds.zstd: this shard cannot be read .its file is missing"
-    ):
-        list(itertools.islice(loader, 20))
-
-
-def test_shard_damaged_after_it_was_unpacked_is_noticed(copy):
-    config = DataConfig(str(copy), num_workers=0)
-    read(config, 6)  # unpacks
-    flip_byte(sorted((copy / "train").glob("*.mds"))[1])
-    with pytest.raises(DataError, match="shard.00001.mds: its xxh64 is not the one in index.json"):
-        read(config, 6)
-    assert len(HeldOut(config)) == HELD  # the other split is whole
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -254,8 +177,3 @@ def test_impossible_batches_are_refused(shards, batch, world, nodes, message):
 def test_no_held_out_split_is_named(shards):
     with pytest.raises(DataError, match="no split 'test'"):
         HeldOut(DataConfig(str(shards), validation_split="test"))
-
-
-def test_length_counts_this_ranks_samples(shards):
-    dataset = ShardDataset(DataConfig(str(shards)), "train", 4, 1)
-    assert (len(dataset), dataset.steps_per_epoch) == (24, 6)

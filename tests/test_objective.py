@@ -19,7 +19,8 @@ def batch():
     text = torch.zeros(2, 64, tiny.WIDTH)
     text[0, :9], text[1, :5] = torch.randn(9, tiny.WIDTH), torch.randn(5, tiny.WIDTH)
     return Batch(
-        torch.randn(2, 48, 3, 4, 6), torch.randn(2, 10, 6), torch.zeros(2, 10, 6), text,
+        torch.randn(2, 48, 3, 4, 6), torch.randn(2, 10, 6), torch.zeros(2, 10, 6),
+        torch.ones(2, dtype=torch.bool), torch.ones(2), text,
         torch.randn(2, 5, tiny.WIDTH), torch.ones(2, 5, dtype=torch.bool), torch.ones(2), IDS,
     )
 

@@ -1,0 +1,230 @@
+"""Where the shards of a run are: streams, local or remote, checked against each other.
+
+A stream is one folder that `data.prepare` wrote: every sample of one shape. Streams of different
+shapes may be mixed if all that the model is built from agrees (`data.provenance`). Reading here
+needs no process group, so that bad data are refused before a GPU is touched. Called by train.py
+and data.dataset.
+"""
+
+import functools
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from streaming.base.hashing import get_hash
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import retry
+from torch import Tensor
+
+from data.order import choose_per_epoch
+from data.schema import (
+    HASH,
+    METADATA_FILE,
+    TEXT_FILE,
+    DataError,
+    Metadata,
+    check_split,
+    load_metadata,
+    load_text_states,
+)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """One prepared data set: `root`, a folder, or `remote`, e.g. s3://bucket/prefix."""
+
+    root: str | None = None
+    remote: str | None = None
+    proportion: float | None = None  # share of an epoch; None: every sample once, for all streams
+    name: str | None = None  # for messages and the cache; None: the last part of the place
+
+    def __post_init__(self) -> None:
+        if (self.root is None) == (self.remote is None):
+            raise ValueError(
+                f"data: a stream has root={self.root} and remote={self.remote}; give exactly one"
+            )
+        if self.remote is not None and not urlsplit(self.remote).scheme:
+            raise ValueError(f"data: remote={self.remote} is no address; a local folder is a root")
+        if self.proportion is not None and not self.proportion > 0:
+            raise ValueError(f"data: proportion={self.proportion} of {self.place} must be above 0")
+
+    @property
+    def place(self) -> str:
+        return str(self.root or self.remote)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.place.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are and how they are read: one of `root`, `remote` and `streams`."""
+
+    root: str | None = None
+    remote: str | None = None
+    streams: list[StreamConfig] = field(default_factory=list)
+    train_split: str = "train"
+    validation_split: str = "validation"
+    num_workers: int = 2  # processes per rank
+    shuffle: bool = True
+    shuffle_block: int = 1 << 18  # samples that are mixed; part of the order
+    num_canonical_nodes: int = 1  # >1: a node reads only its share of the shards; part of the order
+    timeout_seconds: float = 300.0  # for one batch from a worker
+    cache_dir: str | None = None  # None: beside local shards, or the job's own folder in TMPDIR
+    cache_limit: str | None = None  # per node, e.g. 200gb; the coldest shards make room
+    download_retries: int = 4
+    download_timeout_seconds: float = 60.0
+    on_bad_shard: Literal["stop", "substitute"] = "stop"
+    max_substituted_fraction: float = 0.01  # of a split's samples that may be in bad shards
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("root", "remote", "streams") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(
+                f"data: {' and '.join(given) or 'no place'} given; set exactly one of data.root, "
+                "data.remote and data.streams (an override of a file's streams: data.streams=[])"
+            )
+        weighted = [stream.label for stream in self.all_streams if stream.proportion is not None]
+        if len(weighted) not in (0, len(self.all_streams)):
+            raise ValueError(
+                f"data.streams: only {', '.join(weighted)} has a proportion; give it to all "
+                "streams or to none"
+            )
+        labels = [stream.label for stream in self.all_streams]
+        for label in labels:
+            if labels.count(label) > 1 or not re.fullmatch(r"[\w.-]+", label):
+                raise ValueError(f"data.streams: name {label!r} must be unique, of [A-Za-z0-9_.-]")
+        for key in ("download_retries", "num_canonical_nodes", "shuffle_block", "timeout_seconds",
+                    "download_timeout_seconds"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
+        if not 0 <= self.max_substituted_fraction < 1:
+            raise ValueError(
+                f"data.max_substituted_fraction={self.max_substituted_fraction} must be in [0, 1)"
+            )
+
+    @property
+    def all_streams(self) -> list[StreamConfig]:
+        return list(self.streams) or [StreamConfig(self.root, self.remote)]
+
+    @property
+    def place(self) -> str:
+        """Where the data are, in words."""
+        return ", ".join(stream.place for stream in self.all_streams)
+
+
+class Opened(NamedTuple):
+    """What is known of a stream without reading a shard."""
+
+    label: str
+    place: str
+    metadata: Metadata
+    text_states: dict[str, Tensor]
+    version: str  # hash of its index files: another preparation never meets this one's cache
+
+
+def open_streams(config: DataConfig) -> list[Opened]:
+    """Read and check the small files of every stream; a few small downloads if it is remote.
+
+    DataError, the same on every rank, if a file is missing or damaged.
+    """
+    return [_open(stream, config) for stream in config.all_streams]
+
+
+def check_data(config: DataConfig, global_batch_size: int) -> list[Opened]:
+    """All that can be said before training without reading a sample.
+
+    DataError if a file is missing, or there is less than one global batch of some shape.
+    """
+    opened = open_streams(config)
+    counts = [stream.metadata.counts.get(config.train_split, 0) for stream in opened]
+    chosen = choose_per_epoch(counts, [stream.proportion for stream in config.all_streams])
+    for bucket, members in buckets(opened).items():
+        samples = sum(chosen[index] for index in members)
+        if samples < global_batch_size:
+            names = ", ".join(opened[index].place for index in members)
+            raise DataError(
+                f"global_batch_size={global_batch_size}: split '{config.train_split}' of {names} "
+                f"has only {samples} samples of shape {'x'.join(map(str, bucket))} an epoch; lower "
+                "it or prepare more clips"
+            )
+    return opened
+
+
+def buckets(opened: list[Opened]) -> dict[tuple[int, int, int], list[int]]:
+    """(frames, height, width) -> its streams, in the order in which the shapes first occur."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+    for index, stream in enumerate(opened):
+        data = stream.metadata
+        found.setdefault((data.frames, data.height, data.width), []).append(index)
+    return found
+
+
+def needs_cache(stream: StreamConfig, config: DataConfig) -> bool:
+    """Whether shards are unpacked elsewhere than beside the compressed ones.
+
+    Eviction deletes files, so that a cache limit never works on the user's own.
+    """
+    if stream.root is None or config.cache_dir or config.cache_limit:
+        return True
+    splits = {config.train_split, config.validation_split}
+    folders = [Path(stream.root) / split for split in splits]
+    return any(
+        not os.access(folder, os.W_OK)
+        and any(not path.with_suffix("").is_file() for path in folder.glob("*.zstd"))
+        for folder in folders
+    )
+
+
+def _open(stream: StreamConfig, config: DataConfig) -> Opened:
+    splits = (config.train_split, config.validation_split)
+    if stream.root is not None:
+        folder = Path(stream.root)
+        metadata, states = load_metadata(folder), load_text_states(folder)
+        for split in splits:
+            check_split(folder, split, whole=config.on_bad_shard == "stop")
+        return Opened(stream.label, stream.place, metadata, states, _version(folder, splits))
+    assert stream.remote is not None
+    return _open_remote(stream.remote, stream.label, splits, config.download_retries,
+                        config.download_timeout_seconds)
+
+
+@functools.cache
+def _open_remote(
+    remote: str, label: str, splits: tuple[str, ...], retries: int, seconds: float
+) -> Opened:
+    """Every rank fetches the few small files itself: no rank waits for another before they meet."""
+    names = [METADATA_FILE, TEXT_FILE, *(f"{split}/index.json" for split in set(splits))]
+    with tempfile.TemporaryDirectory(prefix="avfulldit-") as temporary:
+        folder = Path(temporary)
+        for name in names:
+            fetch(f"{remote.rstrip('/')}/{name}", folder / name, retries, seconds)
+        for split in splits:
+            check_split(folder, split, whole=False)
+        return Opened(label, remote, load_metadata(folder), load_text_states(folder),
+                      _version(folder, splits))
+
+
+def fetch(address: str, path: Path, retries: int, seconds: float) -> None:
+    """One file through streaming's downloader of this address; DataError when it gives up."""
+    try:
+        downloader = CloudDownloader.get(address)
+        retry(clean_up_fn=downloader.clean_up, num_attempts=retries)(
+            lambda: downloader.download(address, str(path), seconds)
+        )()
+        downloader.clean_up()
+    except Exception as error:
+        raise DataError(
+            f"data.remote: {address} cannot be fetched ({error}); look at the address, the "
+            "credentials and S3_ENDPOINT_URL"
+        ) from error
+
+
+def _version(folder: Path, splits: tuple[str, ...]) -> str:
+    indices = b"".join((folder / split / "index.json").read_bytes() for split in splits)
+    return get_hash(HASH, indices)
