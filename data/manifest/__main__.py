@@ -16,8 +16,8 @@ source, class, split, subset, path, origin and origin_start (the recording), wid
 rotation, fps, vfr, frames, seconds, audio_rate, channels, t0, t1, sha256, captions if known, and
 marks if the set has them. Splits are train, validation and, for VGGSound, test: official test
 clips that are not held out, never trained on. Training clips of a recording that is held out are
-a leak and go, unless alt_merge draws the splits anew from the very manifest. The cut is the centre, in The Greatest Hits and the
-playground the window with the most marks. Nothing here judges a clip's content: see data.doctor.
+a leak and go, unless alt_merge draws the splits anew. The cut is the centre, in The Greatest Hits
+and the playground the window with the most marks. Content is judged by data.doctor.
 """
 
 import argparse

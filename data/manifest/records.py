@@ -89,18 +89,25 @@ def spread(job: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 def complete(record: Record, rule: CutRule) -> Record:
-    """One candidate -> its record, or its ledger line."""
+    """One candidate -> its record, or its ledger line where there is no picture.
+
+    What is too short for a cut stays without t0: whoever decodes it says why it cannot be used.
+    """
     path = Path(record["path"])
     try:
         found = probe(path, need_sound=False)  # silent clips may be wanted; others judge that
         facts = _stream_facts(path, found)
-        t0 = _place(record, found, rule)
     except Rejected as rejected:
         return reject(record, rejected.reason, rejected.detail)
-    record = record | facts | {"t0": t0, "t1": t0 + rule.spec.duration}
-    if "marks" in record:  # ground truth of the cut, on its own clock
-        inside = [mark for mark in record["marks"] if t0 <= mark[0] < record["t1"]]
-        record["marks"] = [[round(mark[0] - t0, 6), *mark[1:]] for mark in inside]
+    record = record | facts
+    try:
+        record["t0"] = _place(record, found, rule)
+        record["t1"] = record["t0"] + rule.spec.duration
+    except Rejected as rejected:
+        assert rejected.reason == "too_short", rejected
+    if "marks" in record and "t0" in record:  # ground truth of the cut, on its own clock
+        inside = [m for m in record["marks"] if record["t0"] <= m[0] < record["t1"]]
+        record["marks"] = [[round(m[0] - record["t0"], 6), *m[1:]] for m in inside]
     with path.open("rb") as file:
         record["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return record
@@ -161,6 +168,17 @@ def ledger_path(manifest: Path) -> Path:
     return manifest.with_name(f"{manifest.stem}.rejects.jsonl")
 
 
+def read_ledger(manifest: Path) -> list[Record]:
+    """The lines of the ledger beside a manifest; none where no importer wrote one."""
+    path = ledger_path(manifest)
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); import the set again or delete it") from error
+
+
 def write_manifest(out: Path, records: list[Record], rejects: list[Record]) -> None:
     """Both files; paths become relative to `out`. DataError if nothing is left."""
     try:
@@ -176,7 +194,8 @@ def write_manifest(out: Path, records: list[Record], rejects: list[Record]) -> N
 
 
 def _relative(path: str, base: Path) -> str:
-    return Path(os.path.relpath(Path(path).resolve(), base)).as_posix()
+    folder = Path(path).parent.resolve()  # not the file: it may be a link to a blob without a name
+    return Path(os.path.relpath(folder / Path(path).name, base)).as_posix()
 
 
 def write_lines(path: Path, rows: list[Record]) -> None:
