@@ -19,7 +19,7 @@ ALLOWED = {
     "deepspeed": ("train.py", "training/", "tools/export.py"),
     "streaming": ("data/",),
     "diffusers": (*ENCODERS, "model/sampling.py", "tools/backbones/"),
-    "transformers": (*ENCODERS, "tools/backbones/"),
+    "transformers": (*ENCODERS, "data/caption", "tools/backbones/"),
 }
 
 # The model is a function of its inputs: only these read or write files.
