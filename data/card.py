@@ -192,7 +192,7 @@ def _plot(histograms: dict[str, Any]) -> Figure:
         axes = figure.add_subplot(-(-len(shown) // 3), 3, place)
         places = range(len(found["counts"]))  # bins of equal width: some edges are far apart
         axes.bar(places, found["counts"], width=0.92, align="edge", color="#3b6ea5")
-        ticks = list(range(0, len(found["edges"]), 3))
+        ticks = list(range(0, len(found["edges"]), len(found["edges"]) // 8 + 1))
         axes.set_xticks(ticks, [f"{found['edges'][tick]:g}" for tick in ticks], fontsize=7)
         axes.tick_params(axis="y", labelsize=7)
         axes.set_title(f"{found['what']} ({found['unit']})", fontsize=8)

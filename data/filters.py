@@ -42,7 +42,7 @@ def find_duplicates(records: list[Record], mode: Duplicates) -> list[Twin]:
         groups[_recording(record)].append(index)
     for name, indices in groups.items():
         kept: list[int] = []
-        for index in sorted(indices, key=lambda i: (_window(records[i])[0], i)):
+        for index in sorted(indices, key=lambda i: _precedence(records[i], i)):
             same = (k for k in reversed(kept) if _same(records[k], records[index], mode))
             if (twin := next(same, None)) is None:
                 kept.append(index)
@@ -51,6 +51,11 @@ def find_duplicates(records: list[Record], mode: Duplicates) -> list[Twin]:
             detail = f"recording {name}: {records[twin]['id']} has {begin:g} to {end:g} s of it"
             twins.append(Twin(twin, index, detail))
     return sorted(twins, key=lambda twin: twin.later)
+
+
+def _precedence(record: Record, index: int) -> tuple:
+    """What is held out stays rather than what is trained on, then the earlier window."""
+    return record.get("split") == "train", _window(record)[0], index
 
 
 def _recording(record: Record) -> str:

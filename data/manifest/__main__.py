@@ -122,7 +122,7 @@ def add_captions(records: list[Record], path: Path) -> None:
 
 def report(records: list[Record], rejects: list[Record], out: Path) -> None:
     """What there is now, in a few lines."""
-    splits = collections.Counter((r["source"], r["subset"], r["split"]) for r in records)
+    splits = collections.Counter((r["source"], r.get("subset", ""), r["split"]) for r in records)
     for (source, subset, split), count in sorted(splits.items()):
         print(f"{source:14} {subset:14} {split:11} {count:7}")
     reasons = collections.Counter(entry["reason"] for entry in rejects)

@@ -115,28 +115,28 @@ def complete(record: Record, rule: CutRule) -> Record:
 
 def _place(record: Record, found: Probe, rule: CutRule) -> float:
     """t0 of the cut: the list's own, the densest window, or the centre. Rejected("too_short")."""
-    if rule.place == "marks" and record.get("marks"):
-        times = [mark[0] for mark in record["marks"]]
+    times = [mark[0] for mark in record.get("marks", ()) if found.start <= mark[0] <= found.end]
+    if rule.place == "marks" and times:
         draw = random.Random(f"{rule.seed}/{record['id']}")
         return choose_t0(found, rule.spec, densest_window(times, found, rule, draw))
     return choose_t0(found, rule.spec, record.get("t0"))
 
 
 def densest_window(times: list[float], found: Probe, rule: CutRule, draw: random.Random) -> float:
-    """Start, on a picture, of a window with the most marks; one of the best by `draw`.
+    """Start, on a picture, of a window with the most marks; `draw` decides between equals.
 
     The marks lie in its middle as far as the take allows, so that none sits on the edge.
     """
     marks, length = np.sort(np.array(times)), rule.spec.duration
-    last = np.searchsorted(marks, marks + length, side="left") - 1  # of the group begun by each
-    starts = (marks + marks[last] - length) / 2
-    starts = np.clip(starts, found.start, max(found.start, found.end - length))
-    starts = found.times[np.abs(found.times[:, None] - starts).argmin(axis=0)]  # on a picture
-    counts = np.searchsorted(marks, starts + length) - np.searchsorted(marks, starts)
-    fits = starts <= max(found.start, found.end - length + ROUNDING)
-    counts = np.where(fits, counts, -1)
-    best = sorted(set(starts[counts == counts.max()].tolist()))
-    return draw.choice(best)
+    starts = found.times[found.times <= found.end - length + ROUNDING]
+    if not len(starts):
+        return found.start
+    first, end = np.searchsorted(marks, starts), np.searchsorted(marks, starts + length)
+    best = np.flatnonzero(end - first == (end - first).max())
+    low, high = draw.choice(sorted({(int(first[k]), int(end[k])) for k in best}))
+    same = starts[[k for k in best if (first[k], end[k]) == (low, high)]]  # with these marks
+    middle = (marks[low] + marks[high - 1] - length) / 2 if high > low else same[0]
+    return float(same[np.abs(same - middle).argmin()])
 
 
 def _stream_facts(path: Path, found: Probe) -> Record:
