@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.contact_sheet import draw_contact_sheet, write_contact_sheet
 from data.manifest import check_text
 from data.mux import write_clip
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
@@ -25,7 +26,6 @@ from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVA
 from model.files import one_line_errors
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
-from tools.contact_sheet import write_contact_sheet
 from tools.export import load_model, read_run_file, read_setting
 from training.checkpoint import CheckpointError, tag_of
 from training.config import ConfigError, parse_config
@@ -208,9 +208,8 @@ def run(arguments: argparse.Namespace) -> None:
         path = out / f"{prompt.name}.mp4"
         write_clip(path, frames, data.fps, sound, data.sample_rate)
         title = f"{prompt.video_caption}  |  {prompt.audio_caption}"
-        write_contact_sheet(
-            path.with_suffix(".png"), frames, data.fps, sound, data.sample_rate, title
-        )
+        sheet = draw_contact_sheet(frames, data.fps, sound, data.sample_rate, title)
+        write_contact_sheet(path.with_suffix(".png"), sheet)
         print(f"{path}  (sheet {path.with_suffix('.png')})", flush=True)
 
 

@@ -1,6 +1,6 @@
 """One picture of a clip with sound: frames in a row, the spectrogram under them on the same clock.
 
-Used by tools.sample. Plain numpy and Pillow, so it works wherever the trainer does.
+Used by tools.sample and data.inspect. Plain numpy and Pillow: it works wherever the trainer does.
 """
 
 from pathlib import Path
@@ -40,11 +40,22 @@ def spectrogram(audio: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def write_contact_sheet(
-    path: str | Path, frames: np.ndarray, fps: float, audio: np.ndarray | None, sample_rate: int,
-    title: str, columns: int = 8,
-) -> None:
-    """Write the sheet as PNG.
+def write_contact_sheet(path: str | Path, *sheets: Image.Image) -> None:
+    """Write sheets below each other as one PNG."""
+    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    page = Image.new("RGB", size, "white")
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height
+    page.save(path)
+
+
+def draw_contact_sheet(
+    frames: np.ndarray, fps: float, audio: np.ndarray | None, sample_rate: int, title: str,
+    columns: int = 8,
+) -> Image.Image:
+    """The sheet of one clip.
 
     Args:
         frames: (T, H, W, 3) uint8.
@@ -74,7 +85,7 @@ def write_contact_sheet(
         picture = Image.fromarray(spectrogram(audio, total, sound))
         sheet.paste(picture, (0, top + height + _MARGIN))
         draw.text((4, top + height + _MARGIN), f"0-{sample_rate // 2} Hz", fill="white")
-    sheet.save(path)
+    return sheet
 
 
 def _wrap(text: str, width: int) -> list[str]:
