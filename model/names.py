@@ -103,3 +103,14 @@ def _joint_block(tower: str, index: int, config: AVFullDiTConfig) -> str:
         return f"transformer_blocks.{config.audio.num_layers - config.num_joint_double + index}."
     from_the_end = config.num_joint_blocks - index
     return f"single_transformer_blocks.{config.audio.num_single_layers - from_the_end}."
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to: what the gauges of a run are split by.
+
+    A pretrained weight belongs to its tower also inside a joint block.
+    """
+    if is_new(name):
+        return "joint_new"
+    towers = [part for part in name.split(".") if part in ("video", "audio")]
+    return f"{towers[0]}_tower"
