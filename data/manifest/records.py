@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def complete_all(records: list[Record], rule: CutRule, workers: int) -> Listing:
     return done
 
 
-def spread(job: Callable, items: Iterable, workers: int) -> Iterator:
+def spread(job: partial, items: Iterable, workers: int) -> Iterator:
     """`job` of every item, in order, in `workers` processes (in this one if there is one).
 
     DataError if a process dies, which a codec can bring about.
@@ -76,8 +76,10 @@ def spread(job: Callable, items: Iterable, workers: int) -> Iterator:
     if workers <= 1:
         yield from map(job, items)
         return
-    # Spawned, not forked: codecs and torch hold threads that a fork would cut in half.
-    context = multiprocessing.get_context("spawn")
+    # Not forked from here: codecs and torch hold threads that a fork would cut in half. A server
+    # imports all there is once and forks the workers before any of it has run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", job.func.__module__])
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
             yield from pool.map(job, items, chunksize=4)

@@ -1,0 +1,138 @@
+"""What is made of manifests without looking into a clip: windows, splits, captions."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.manifest import read_captions, read_manifest, read_records
+from data.manifest.__main__ import main
+from data.manifest.records import CutRule, densest_window
+from data.manifest.splits import ALT_MERGE, hold_out, merge_alt
+from data.probe import Probe
+from data.schema import DataError
+
+CUT = 49 / 24
+
+
+@pytest.mark.parametrize("fps", [10, 15, 29.97])
+def test_no_window_holds_more_marks(fps):
+    """And they are in its middle, where neither the take's ends nor other marks forbid it."""
+    generator, rule = np.random.default_rng(0), CutRule(49, 24.0, "marks")
+    for trial in range(200):
+        times = np.arange(round(8 * fps)) / fps
+        found = Probe(0, 0, 0.0, 1.0, times, times[-1] + 1 / fps, 0.0, 8.0)
+        marks = np.sort(generator.uniform(0, found.end, generator.integers(1, 30)))
+        start = densest_window(marks.tolist(), found, rule, random.Random(trial))
+        assert start in times and start + CUT <= found.end + 0.003
+        fits = times[times + CUT <= found.end + 0.002]
+        counts = [np.sum((marks >= s) & (marks < s + CUT)) for s in fits]
+        inside = marks[(marks >= start) & (marks < start + CUT)]
+        assert len(inside) == max(counts)
+        centred = fits[np.abs(fits - (inside[0] + inside[-1] - CUT) / 2).argmin()]
+        assert start == centred or np.sum((marks >= centred) & (marks < centred + CUT)) != len(
+            inside) or not np.all((inside >= centred) & (inside < centred + CUT))
+
+
+def synthetic(root: Path, source: str, count: int, classes: int, test: int = 0) -> Path:
+    path = root / f"{source}.jsonl"
+    lines = [{"id": f"{source}_{index}", "path": "x.mp4", "source": source,
+              "class": f"c{index % classes}", "origin": f"{source}{index // 2}",
+              "split": "validation" if index < test else "train"} for index in range(count)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_alt_merge_holds_out_300_of_3254(tmp_path, capsys):
+    sizes = {"avsync15": (1499, 15, 150), "landscape": (778, 9, 102), "greatest_hits": (977, 20, 0)}
+    manifests = [synthetic(tmp_path, source, *size) for source, size in sizes.items()]
+    out = tmp_path / "sub" / "alt.jsonl"
+    assert main(["alt_merge", *map(str, manifests), "--out", str(out)]) == 0
+    records, faults = read_records(out, "train")
+    assert not faults
+    held = [record for record in records if record["split"] == "validation"]
+    assert {s: sum(r["source"] == s for r in held) for s in ALT_MERGE} == ALT_MERGE
+    assert all(int(r["id"].rpartition("_")[2]) < sizes[r["source"]][2]
+               for r in held if r["source"] != "greatest_hits")  # of the sets' own lists
+    per_class = [sum(r["class"] == f"c{k}" for r in held if r["source"] == "avsync15")
+                 for k in range(15)]
+    assert per_class == [8] * 15
+    ledger = out.with_name("alt.rejects.jsonl").read_text().splitlines()
+    assert len(records) + len(ledger) == 3254
+    assert {json.loads(line)["reason"] for line in ledger} == {"leak"}
+    origins = {r["origin"] for r in held}
+    assert not any(r["origin"] in origins for r in records if r["split"] == "train")
+    assert records[0]["path"] == "../x.mp4"
+    first = out.read_bytes()
+    assert main(["alt_merge", *map(str, reversed(manifests)), "--out", str(out)]) == 0
+    assert out.read_bytes() == first
+    assert main(["alt_merge", *map(str, manifests), "--out", str(out), "--seed", "1"]) == 0
+    assert out.read_bytes() != first
+
+
+def test_alt_merge_wants_its_three_sets(tmp_path):
+    manifests = [synthetic(tmp_path, source, 10, 2) for source in ("avsync15", "landscape")]
+    with pytest.raises(DataError, match="no clip of greatest_hits"):
+        merge_alt(manifests, ALT_MERGE, 0)
+    with pytest.raises(DataError, match="source='vggsound'"):
+        merge_alt([synthetic(tmp_path, "vggsound", 10, 2)], ALT_MERGE, 0)
+    with pytest.raises(DataError, match="held_out=10: there are 10 clips"):
+        hold_out(read_records(manifests[0], "train")[0], 10, 0)
+
+
+def manifest_of(path: Path, *lines: dict) -> Path:
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_captions_join_by_id_and_faults_name_what_is_missing(tmp_path):
+    manifest = manifest_of(
+        tmp_path / "m.jsonl",
+        {"id": "own", "path": "x", "video_caption": "v", "audio_caption": "a"},
+        {"id": "both", "path": "x"},
+        {"id": "half", "path": "x"},
+        {"id": "none", "path": "x"},
+    )
+    file = tmp_path / "captions.jsonl"
+    manifest_of(file, {"id": "both", "video_caption": "V", "video_model": "m"},
+                {"id": "both", "audio_caption": "A"}, {"id": "half", "audio_caption": "A"},
+                {"id": "own", "audio_caption": "new"})
+    captions = read_captions(file)
+    assert captions["both"] == {"video_caption": "V", "audio_caption": "A"}
+    records, faults = read_manifest(manifest, "train", captions)
+    assert {r["id"]: (r["video_caption"], r["audio_caption"]) for r in records} == {
+        "own": ("v", "new"), "both": ("V", "A")}
+    assert [(f.clip_id, f.reason, f.line) for f in faults] == [
+        ("half", "no_caption", 3), ("none", "no_caption", 4)]
+    assert "'video_caption'" in faults[0].detail
+    records, faults = read_manifest(manifest, "train")
+    assert [r["id"] for r in records] == ["own"]
+    assert {f.reason for f in faults} == {"invalid_record"}
+    assert len(read_records(manifest, "train")[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.jsonl", "", "empty"),
+        ("c.jsonl", '{"id": "a", "video_cap', "line 1 is not JSON"),
+        ("c.jsonl", "[1]", "line 1 is no JSON object"),
+        ("c.jsonl", '{"video_caption": "x"}', "line 1 has no 'id'"),
+        ("c.jsonl", '{"id": "a", "video_caption": 3}', "is no string"),
+        ("c.jsonl", '{"id": "a", "video_caption": "\\ud83d"}', "lone surrogate"),
+        ("c.jsonl", '{"id": "a", "video_caption": "x"}\n{"id": "a", "video_caption": "y"}',
+         "line 2 gives 'a' another 'video_caption'"),
+        ("c.csv", "name,text\na,b\n", "it must name 'id'"),
+        ("c.csv", "id,audio_caption\n,b\n", "line 2 has no 'id'"),
+    ],
+)
+def test_odd_captions_files_are_one_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=message) as error:
+        read_captions(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_captions(tmp_path / "gone.jsonl")
