@@ -97,9 +97,8 @@ def _differences(first: Metadata, other: Metadata) -> list[tuple[str, tuple[Any,
     pairs = {field: (getattr(first, field), getattr(other, field)) for field in FED}
     for name in first.fingerprints.keys() & other.fingerprints.keys():
         pairs[f"fingerprints.{name}"] = (first.fingerprints[name], other.fingerprints[name])
-    geometry = {"frames", "height", "width", "fps", "sample_rate", "hop"}  # shapes: see FED
-    inputs = {"manifest", "captions", "clips_per_shard", "split"}  # differ by nature
-    for name in (first.settings.keys() & other.settings.keys()) - geometry - inputs:
+    by_nature = {"manifest", "captions", "clips_per_shard", "split", "commit"}
+    for name in (first.settings.keys() & other.settings.keys()) - by_nature:
         pairs[name] = (first.settings[name], other.settings[name])
     return [(field, pair) for field, pair in sorted(pairs.items()) if pair[0] != pair[1]]
 
