@@ -1,0 +1,116 @@
+"""What one experiment is: every key of its YAML, and all that can be known before it is built.
+
+Called by train.py at every start, and by `check=true`, which stops here and prints what was
+resolved.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from data.provenance import check_provenance
+from data.sources import DataConfig, Opened, check_data
+from model import AVFullDiTConfig, JointConfig
+from model.flow import FlowConfig
+from model.from_files import config_from_files
+from model.pretrained import check_weights
+from training.check import report_lines
+from training.config import ConfigError
+from training.distributed import World
+from training.ds_config import complete_ds_config, read_ds_config
+from training.engine import OptimizerConfig
+from training.guard import GuardConfig
+from training.watchdog import WatchdogConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One experiment; every key of the YAML. The engine's knobs are in the `deepspeed` JSON."""
+
+    run_dir: str
+    wan: str  # diffusers-layout folder or hub id
+    tangoflux: str  # TangoFlux's own files, folder or hub id
+    data: DataConfig
+    task: Literal["t2av", "t2v"] = "t2av"
+    seed: int = 0
+    model: JointConfig = field(default_factory=JointConfig)  # the ablations
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    warmup_steps: int = 100  # linear, then constant
+    gradient_clipping: float = 1.0
+    ema_decay: float | None = None  # of an average of the weights beside them; None: no average
+    global_batch_size: int = 8
+    max_steps: int = 7500
+    deepspeed: str = "ds_configs/zero2.json"
+    recompute: Literal["none", "full"] = "none"
+    attention: str = "auto"
+    self_check: bool = True  # at the first start: the stitched model contains both backbones
+    check: Literal[False, True, "weights"] = False  # report on this, or the downloads, and stop
+    world_size: int | None = None  # ranks that will run; for check=true away from the cluster
+    log_every: int = 1
+    validate_every: int = 500
+    validation_samples: int | None = None  # None: the whole held-out split
+    save_every: int = 500
+    keep_checkpoints: int = 2  # the newest ones
+    keep_every: int | None = None  # and those at multiples of this step, for ever
+    timeout_minutes: float = 30.0  # of a collective
+    guard: GuardConfig = field(default_factory=GuardConfig)  # bad numbers
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # hangs
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every",
+                    "validation_samples", "keep_every", "world_size"):
+            if (getattr(self, key) or 1) < 1 or getattr(self, key) == 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("warmup_steps", "gradient_clipping", "timeout_minutes"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or null")
+        if self.keep_checkpoints < 2:  # the newest may be the one that is being written
+            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
+
+
+class Plan(NamedTuple):
+    """All that is known before a process group or a model exists."""
+
+    streams: list[Opened]  # what the model is built from is the same in all of them
+    model: AVFullDiTConfig
+    deepspeed: dict[str, Any]
+    notes: list[str]
+
+
+def build_plan(config: RunConfig, world: World) -> Plan:
+    """Read and check every file the run names except the weights, in seconds, on any machine."""
+    streams = check_data(config.data, config.global_batch_size)
+    notes = check_provenance({stream.place: stream.metadata for stream in streams}, config.wan,
+                             config.tangoflux if config.task == "t2av" else None)
+    ds_config = complete_ds_config(
+        read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
+        config.world_size or world.world_size,
+    )
+    try:
+        model = config_from_files(
+            config.task, config.model, config.attention, config.wan, config.tangoflux,
+            streams[0].metadata, streams[0].place,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    return Plan(streams, model, ds_config, notes)
+
+
+def report(config: RunConfig, plan: Plan, arguments: list[str]) -> None:
+    """check=true: every value with its source."""
+    lines = report_lines(dataclasses.asdict(config), arguments, config.deepspeed, plan.deepspeed)
+    notes = [f"note: {note}" for note in plan.notes]
+    print("\n".join([*lines, *notes, "every check passed; nothing was built"]))
+
+
+def report_weights(config: RunConfig) -> int:
+    """check=weights: what the downloads hold; 78 when they do not fit."""
+    from model.encoder_headers import check_encoders  # slow, and no run needs it
+
+    fits, text = check_weights(config.task, config.model, config.wan, config.tangoflux)
+    fit, lines = check_encoders(config.task, config.wan, config.tangoflux)
+    print("\n".join([text, *lines]))
+    return 0 if fits and fit else 78

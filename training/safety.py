@@ -1,0 +1,115 @@
+"""What guards a run, behind the few calls that the loop makes: see the module of each part.
+
+One small all-reduce per step carries the losses, the guard's loss and the votes to stop or save;
+so every rank knows the same at the same step. Called by train.py.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from training.distributed import World, sum_over_ranks
+from training.failure import Failure, Last
+from training.guard import Drawn, Guard, GuardConfig
+from training.signals import STOP_FILE, Requests, stop_reason
+from training.status import write_status
+from training.straggler import Straggler
+from training.watchdog import Watchdog, WatchdogConfig
+
+
+class Agreed(NamedTuple):
+    """One step as all ranks know it."""
+
+    sums: list[float]  # over all ranks; zero where the update was skipped
+    applied: bool  # whether the weights moved
+    said: str | None  # a skip or a spike, in words
+
+
+class Safety:
+    """A run's guards; a context, left with the folder of failures written if something raised."""
+
+    def __init__(
+        self, config: Mapping[str, Any], budgets: WatchdogConfig, world: World,
+        expected: tuple[type[BaseException], ...],
+    ) -> None:
+        self.run_dir, self.world = Path(config["run_dir"]), world
+        self.requests = Requests(self.run_dir if world.is_main else None, os.environ)
+        self.failure = Failure(self.run_dir, config, world, expected)
+        self.watchdog = Watchdog(budgets, self.failure)
+        self.last_good: Path | None = None
+        self.stop: str | None = None  # why, once all ranks have agreed to stop
+        self.save = False  # whether all ranks agreed to save now
+
+    def __enter__(self) -> "Safety":
+        self.watchdog.__enter__()
+        self.status("running")
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.watchdog.__exit__()
+        if raised[1] is not None:
+            self.status("failed", reason=f"{raised[0].__name__}: {raised[1]}")
+        self.failure.__exit__(*raised)
+        self.requests.close()
+
+    def status(self, state: str, **values: Any) -> None:
+        if self.world.is_main:
+            write_status(self.run_dir, state, checkpoint=self.last_good, **values)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the loop under its own budget; its time is kept for the time budget."""
+        self.watchdog.enter(name)
+        began = time.monotonic()
+        yield
+        if name != "data":
+            self.requests.took(name, time.monotonic() - began)
+        self.watchdog.enter("compute")
+
+    def attend(
+        self, config: GuardConfig, first_step: int, judged: dict[str, Any] | None,
+        device: torch.device,
+    ) -> None:
+        """What can be made only once the engine exists; `judged` is the checkpoint's guard."""
+        self.guard = Guard(config, self.run_dir, self.world, first_step, judged)
+        self.straggler = Straggler(self.world, device)
+
+    def begin_step(self, step: int, epoch: int, batch: Any, t: torch.Tensor) -> None:
+        """Remember the batch in hand; nothing is computed."""
+        self.began = time.monotonic()
+        self.failure.last = Last(step, epoch, batch, t)
+
+    def after_step(self, sums: torch.Tensor, drawn: Drawn, applied: bool) -> Agreed:
+        """Collective: agree on the step's sums (n,) and on whether to stop or save.
+
+        Raises:
+            BadNumbersError: on every rank.
+        """
+        votes = torch.tensor(self.requests.votes(), dtype=torch.float64)
+        local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
+        values = sum_over_ranks(local).tolist()
+        loss, votes_of_all = values[len(sums)] / self.world.world_size, values[len(sums) + 1 :]
+        self.stop, self.save = stop_reason(votes_of_all), bool(votes_of_all[3])
+        said = self.guard.judge(loss, applied, drawn, self.last_good)
+        self.requests.took("step", time.monotonic() - self.began)
+        kept = values[: len(sums)] if applied else [0.0] * len(sums)
+        return Agreed(kept, applied, said)
+
+    def finish(self, step: int) -> str:
+        """Leave the run's status for whoever started it; how it ended, in words."""
+        if self.stop is None:
+            self.status("done", step=step)
+            return f"done: step {step}"
+        state = "stopped" if self.stop == STOP_FILE else "preempted"
+        self.requests.clear("STOP")
+        self.status(state, step=step, reason=self.stop)
+        return f"{state} ({self.stop}): step {step}, the same command goes on from here,"
+
+    def saved(self, tag: Path) -> None:
+        self.last_good, self.save = tag, False
+        self.requests.clear("SAVE")

@@ -1,0 +1,81 @@
+"""How a run stands, in RUN/status.json, and what a batch script does about it.
+
+    python -m training.status EXIT_CODE CONFIG [key=value ...]    # exit 0: requeue the job
+
+Exit codes of train.py: 0 done or stopped in order, 76 hung, 77 bad numbers, 78 cannot run as it
+is configured, 1 a crash. A stop in order exits with 0, because srun kills the peers of a task that
+does not; status.json says whether the job is to go on. Imports nothing heavy.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from training.config import ConfigError, overlay, parse_overrides, read_yaml
+
+HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
+FRUITLESS_STARTS = 2  # requeues without a new checkpoint before it is called a crash loop
+
+
+def write_status(run_dir: Path, state: str, **values: Any) -> None:
+    """state: running, done, preempted (to be requeued), stopped (by hand), or failed."""
+    path = run_dir / "status.json"
+    aside = path.with_suffix(".tmp")
+    record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
+    aside.write_text(json.dumps(record | values, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"state": "unknown"}
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest finished checkpoint, 0 without one."""
+    manifests = run_dir.glob("checkpoints/step*/manifest.json")
+    return max((int(path.parent.name.removeprefix("step")) for path in manifests), default=0)
+
+
+def decide(run_dir: Path, code: int) -> tuple[bool, str]:
+    """(requeue?, why), and a line in RUN/requeues.jsonl if so.
+
+    A start that brought no new checkpoint may be bad luck, FRUITLESS_STARTS in a row are a crash
+    loop.
+    """
+    state = read_status(run_dir)["state"]
+    if code in HOPELESS:
+        return False, HOPELESS[code]
+    if state in ("done", "stopped"):
+        return False, f"the run is {state}"
+    ledger, step = run_dir / "requeues.jsonl", newest_step(run_dir)
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    before = [json.loads(line)["step"] for line in lines[-FRUITLESS_STARTS:]]
+    if len(before) == FRUITLESS_STARTS and all(old == step for old in before):
+        return False, f"{FRUITLESS_STARTS} requeues brought no checkpoint after step {step}"
+    why = f"{state}, exit {code}, newest checkpoint at step {step}"
+    if run_dir.is_dir():
+        with open(ledger, "a", encoding="utf-8") as file:
+            record = {"time": time.time(), "step": step, "exit": code, "state": state}
+            file.write(json.dumps(record) + "\n")
+    return True, why
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0: requeue; 1: do not; 78: the configuration cannot be read."""
+    try:
+        code, path, *overrides = arguments
+        values = overlay(read_yaml(path), parse_overrides(overrides))
+        requeue, why = decide(Path(values["run_dir"]), int(code))
+    except (ConfigError, KeyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78
+    print(f"{'requeue' if requeue else 'no requeue'}: {why}", flush=True)
+    return 0 if requeue else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""A thread per rank that ends a run which no longer moves, with the stacks of all ranks.
+
+A worker stuck in I/O, a dead peer, a lock taken by a fork: nothing raises, and Slurm pays until
+the time limit. Each phase of the loop has a budget; a rank that overruns it writes its stacks to
+the failure folder and raises the alarm there, the watchdogs of the other ranks follow, and the
+process exits with 76. Called by train.py.
+"""
+
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, fields
+
+from training.failure import Failure
+
+EXIT_CODE = 76
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds that one turn of a phase may take on a rank; .inf for no limit."""
+
+    start: float = 7200.0  # build, weights or checkpoint, self-check
+    data: float = 900.0  # one batch
+    compute: float = 900.0  # one step; the first one compiles
+    checkpoint: float = 3600.0
+    validation: float = 900.0  # one held-out batch
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(
+                    f"watchdog.{field.name}={getattr(self, field.name)} must be above 0 seconds; "
+                    ".inf for no limit"
+                )
+
+
+class Watchdog:
+    """Budgets for the phases that `enter` names; leaves with the context."""
+
+    def __init__(self, budgets: WatchdogConfig, failure: Failure) -> None:
+        self.budgets, self.failure = budgets, failure
+        self.now: tuple[str, int] = ("start", 0)  # replaced as a whole: needs no lock
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def enter(self, phase: str) -> None:
+        """A new turn of a phase begins now."""
+        self.now = (phase, self.now[1] + 1)
+
+    def __enter__(self) -> "Watchdog":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.stopped.set()
+
+    def _watch(self) -> None:
+        seen, spent, before = self.now, 0.0, time.monotonic()
+        while not self.stopped.wait(POLL_SECONDS):
+            now, turn = time.monotonic(), self.now
+            if turn != seen:
+                seen, spent = turn, 0.0
+            # A suspended job (SIGSTOP, a laptop's lid) wakes up late; that was no hang.
+            spent += min(now - before, 2 * POLL_SECONDS)
+            before = now
+            budget = getattr(self.budgets, seen[0])
+            alarm = self.failure.read_alarm()
+            if alarm:
+                self._end(alarm[0], f"follows {alarm[1]}")
+            elif spent > budget:
+                self._end(EXIT_CODE, f"phase '{seen[0]}' took more than watchdog.{seen[0]}="
+                                     f"{budget:g} seconds")
+
+    def _end(self, code: int, reason: str) -> None:
+        self.failure.write(reason, code, self.now[0])
+        if self.stopped.is_set():  # it moved after all while the stacks were written
+            return
+        print(
+            f"error: rank {self.failure.world.rank}: {reason}; stacks of all ranks, last batch, "
+            f"memory and configuration are in {self.failure.folder}", file=sys.stderr, flush=True,
+        )
+        self.failure.wait_for_others()
+        os._exit(code)
