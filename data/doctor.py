@@ -115,11 +115,13 @@ def examine(
     judged = list(tqdm(spread(job, records, workers), total=len(records), unit="clip"))
     rejects = [one.record for one in judged if "reason" in one.record]
     kept = [one for one in judged if "reason" not in one.record]
-    twins = find_near_duplicates([one.look for one in kept if one.look is not None])
-    for twin in twins:
-        detail = f"like {kept[twin.first].record['id']}: {twin.detail}"
-        rejects.append(reject(kept[twin.later].record, "near_duplicate", detail))
-    gone = {twin.later for twin in twins}
+    # What is held out stays rather than what is trained on; else the first does.
+    order = sorted(range(len(kept)), key=lambda i: kept[i].record["split"] == "train")
+    looks = [look for look in (kept[i].look for i in order) if look is not None]
+    gone = {order[twin.later]: twin for twin in find_near_duplicates(looks)}
+    for index, twin in sorted(gone.items()):
+        detail = f"like {kept[order[twin.first]].record['id']}: {twin.detail}"
+        rejects.append(reject(kept[index].record, "near_duplicate", detail))
     records = [one.record for index, one in enumerate(kept) if index not in gone]
     seconds = sum(one.seconds for one in judged) / max(1, len(records))
     return Listing(records, rejects), seconds

@@ -88,7 +88,8 @@ class Probe:
 def open_media(path: str | Path) -> Iterator[Any]:
     """The container, closed at the end; Rejected("undecodable") if it cannot be opened."""
     try:
-        container = av.open(str(path), metadata_errors="replace")
+        # Absolute: `a:b.mp4` alone would be read as the protocol `a`.
+        container = av.open(str(Path(path).absolute()), metadata_errors="replace")
     except av.FFmpegError as error:
         raise Rejected("undecodable", f"cannot be opened: {error.strerror}") from error
     with container:

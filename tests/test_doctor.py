@@ -77,6 +77,16 @@ def test_near_duplicates_and_a_manifests_own_ledger(clips, tmp_path, capsys):
     assert set(lines(second)) == {"one.mp4", "two.mp4"}
 
 
+def test_of_near_duplicates_the_held_out_one_stays(clips, tmp_path, capsys):
+    manifest, out = tmp_path / "m.jsonl", tmp_path / "o.jsonl"
+    manifest.write_text("\n".join(
+        json.dumps({"id": name, "path": str(clips / f"{name}.mp4"), "split": split})
+        for name, split in (("one", "train"), ("two", "train"), ("z_again", "validation"))))
+    run(capsys, manifest, *FAST, "--near-duplicates", "--out", out)
+    assert list(lines(out)) == ["two", "z_again"]
+    assert "like z_again" in lines(tmp_path / "o.rejects.jsonl")["one"]["detail"]
+
+
 def test_workers_and_order_change_nothing(clips, tmp_path, capsys):
     run(capsys, clips, *FAST, "--near-duplicates", "--out", tmp_path / "1.jsonl")
     run(capsys, clips, *FAST, "--workers", 2, "--near-duplicates", "--out", tmp_path / "2.jsonl")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -322,6 +323,23 @@ def test_folder_and_captions(tmp_path, ten, capsys):
     assert "t0" not in records["short.mp4"] and "video_caption" not in records["a b.mp4"]
     assert reasons(rejects) == {"junk.mp4": "undecodable", "empty.mkv": "undecodable"}
     assert "1 ids of" in capsys.readouterr().err
+
+
+def test_odd_file_names(tmp_path, ten, monkeypatch):
+    """Names that options, protocols and UTF-8 stumble over; links to files of no name."""
+    for name in ("-i.mp4", "a:b.mp4", "http:x.mp4", "üñ 'q'.mp4"):
+        place(ten, tmp_path / name)
+    (tmp_path / "blob").write_bytes(ten.read_bytes())
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "blob")
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder.mp4").mkdir()
+    place(ten, Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")))
+    monkeypatch.chdir(tmp_path)
+    records, rejects = run("folder", Path("."), out=Path("m.jsonl"))
+    found = {name: line["reason"] for name, line in rejects.items()}
+    assert found.pop("?.mp4") == "invalid_record" and found.pop("dangling.mp4") == "undecodable"
+    assert [r["path"] for r in records.values()] == ["-i.mp4"]  # the first of the same bytes
+    assert found == dict.fromkeys(("a:b.mp4", "http:x.mp4", "link.mp4", "üñ 'q'.mp4"), "duplicate")
 
 
 def test_playground_keeps_its_impacts_as_marks(tmp_path):

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.decode import CutSpec, choose_t0
+from data.manifest.captions import check_text
 from data.pictures import display_size
 from data.probe import Probe, Rejected, open_media, probe
 from data.schema import DataError
@@ -97,11 +98,13 @@ def complete(record: Record, rule: CutRule) -> Record:
     """
     path = Path(record["path"])
     try:
+        check_text(record)  # a file name may be no text at all
         found = probe(path, need_sound=False)  # silent clips may be wanted; others judge that
-        facts = _stream_facts(path, found)
+        record = record | _stream_facts(path, found) | {"sha256": _sha256(path)}
     except Rejected as rejected:
         return reject(record, rejected.reason, rejected.detail)
-    record = record | facts
+    except ValueError as error:
+        return reject(record, "invalid_record", str(error))
     try:
         record["t0"] = _place(record, found, rule)
         record["t1"] = record["t0"] + rule.spec.duration
@@ -110,9 +113,15 @@ def complete(record: Record, rule: CutRule) -> Record:
     if "marks" in record and "t0" in record:  # ground truth of the cut, on its own clock
         inside = [m for m in record["marks"] if record["t0"] <= m[0] < record["t1"]]
         record["marks"] = [[round(m[0] - record["t0"], 6), *m[1:]] for m in inside]
-    with path.open("rb") as file:
-        record["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return record
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Rejected("undecodable", f"cannot be read: {error.strerror}") from error
 
 
 def _place(record: Record, found: Probe, rule: CutRule) -> float:
