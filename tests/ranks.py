@@ -1,32 +1,107 @@
-"""One rank of a data-loading job, in a module of its own: a new process imports only this."""
+"""Ranks of a data-loading job, in a module of its own: a new process imports only this."""
 
 import itertools
+import multiprocessing
 import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from data.dataset import HeldOut, build_loader
+from data.schema import DataError
 from data.sources import DataConfig
 
 
-def read_rank(
-    rank: int, results: Any, root: str, world: int, port: int, workers: int, steps: int, first: int
-) -> None:
-    """Put (rank, {"batches": [[epoch, ids], ...], "held": ids}) into the queue `results`."""
+@dataclass(frozen=True)
+class Job:
+    """What every rank does: read `steps` batches from `first` on, then a share of the held-out."""
+
+    config: DataConfig
+    world: int
+    steps: int
+    batch: int = 4
+    first: int = 0
+    seed: int = 3
+    damage: tuple[str, str] | None = None  # (kind, file), once the loader is built
+    ledger: Path | None = None
+
+
+def spoil(kind: str, path: str | Path) -> None:
+    """bad: one bit flipped; truncated: half of it; missing: gone."""
+    path = Path(path)
+    data = bytearray(path.read_bytes())
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 0x40
+        path.write_bytes(data)
+
+
+def read_job(job: Job, rank: int) -> dict[str, Any]:
+    """What one rank read: `batches` of (epoch, ids, shape, audio weights), `error`, `held`."""
+    found: dict[str, Any] = {"batches": [], "error": None, "held": []}
+    ledger = job.ledger if rank == 0 else None
+    try:
+        loader = build_loader(
+            job.config, job.batch, rank, job.world, job.seed, job.first, ledger
+        )
+        if job.damage and rank == 0:
+            spoil(*job.damage)
+        if job.world > 1:
+            dist.barrier()
+        for epoch, batch in itertools.islice(loader, job.steps):
+            shape = tuple(batch.video_latents.shape[1:])
+            weights = dict(zip(batch.sample_ids, batch.audio_weight.tolist(), strict=True))
+            found["batches"].append((epoch, batch.sample_ids, shape, weights))
+        for batch, real in HeldOut(job.config, ledger).shares(None, 2, rank, job.world, job.steps):
+            found["held"].append((batch.sample_ids, real.tolist(), batch.video_latents.shape[1:]))
+    except DataError as error:
+        found["error"] = str(error)
+    return found
+
+
+def run_rank(rank: int, results: Any, job: Job, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(job.world),
+        "LOCAL_WORLD_SIZE": str(job.world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     dist.init_process_group("gloo")
-    config = DataConfig(root, num_workers=workers)
-    loader = build_loader(config, 4, rank, world, 3, first)
-    batches = [[epoch, batch.sample_ids] for epoch, batch in itertools.islice(loader, steps)]
-    held = HeldOut(config).batch([rank]).sample_ids
-    results.put((rank, {"batches": batches, "held": held}))
+    results.put((rank, read_job(job, rank)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_job(job: Job) -> list[dict[str, Any]]:
+    """What each rank read; several ranks are processes with a gloo group, as in training."""
+    if job.world == 1:
+        return [read_job(job, 0)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks"])
+    results = context.Queue()
+    ranks = [context.Process(target=run_rank, args=(rank, results, job, port))
+             for rank in range(job.world)]
+    for process in ranks:
+        process.start()
+    read = dict(results.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(30)
+    assert [process.exitcode for process in ranks] == [0] * job.world
+    return [read[rank] for rank in range(job.world)]
+
+
+def global_batches(ranks: list[dict[str, Any]]) -> list[tuple[int, tuple[str, ...]]]:
+    """(epoch, ids of the global batch) per step, from the slices of all ranks."""
+    steps = zip(*(rank["batches"] for rank in ranks), strict=True)
+    return [(parts[0][0], tuple(name for part in parts for name in part[1])) for parts in steps]

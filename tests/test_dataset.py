@@ -1,10 +1,7 @@
 """Order: equal global batches for any ranks, workers, resume. Faults: raised, never hidden."""
 
 import itertools
-import multiprocessing
 import shutil
-import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from data.dataset import HeldOut, build_loader
 from data.schema import DataError, load_metadata
 from data.sources import DataConfig
 from tests.prepared import write_shards
-from tests.ranks import read_rank
+from tests.ranks import Job, global_batches, run_job
 
 TRAIN, HELD = 26, 5
 
@@ -61,35 +58,18 @@ def test_workers_do_not_change_the_order(shards, reference, workers, first):
     assert got == reference[first:]
 
 
-def run_ranks(root: Path, world: int, workers: int, steps: int, first: int) -> list[dict]:
-    """What each rank read; the ranks are processes with a gloo group, as in training."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    results = context.Queue()
-    arguments = (results, str(root), world, port, workers, steps, first)
-    ranks = [context.Process(target=read_rank, args=(rank, *arguments)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    read = dict(results.get(timeout=120) for _ in ranks)
-    for rank in ranks:
-        rank.join(30)
-    assert [rank.exitcode for rank in ranks] == [0] * world
-    return [read[rank] for rank in range(world)]
-
-
 @pytest.mark.parametrize("world, workers, first", [(2, 1, 0), (4, 0, 3)])
 def test_global_batches_are_the_same_for_any_number_of_ranks(
     shards, reference, world, workers, first
 ):
-    ranks = run_ranks(shards, world, workers, 8, first)
-    for step, (epoch, expected) in enumerate(reference[first : first + 8]):
-        parts = [rank["batches"][step] for rank in ranks]
-        assert {part[0] for part in parts} == {epoch}
-        assert all(len(part[1]) == 4 // world for part in parts)
-        assert tuple(name for part in parts for name in part[1]) == expected
-    assert [rank["held"] for rank in ranks] == [[f"validation{r:03d}"] for r in range(world)]
+    ranks = run_job(Job(DataConfig(str(shards), num_workers=workers), world, 8, first=first))
+    assert global_batches(ranks) == reference[first : first + 8]
+    for rank in ranks:
+        assert all(len(ids) == 4 // world for _, ids, _, _ in rank["batches"])
+    held = [(name, real) for rank in ranks for ids, reals, _ in rank["held"]
+            for name, real in zip(ids, reals, strict=True)]
+    assert sorted(name for name, real in held if real) == [f"validation{i:03d}" for i in range(5)]
+    assert len({len(rank["held"]) for rank in ranks}) == 1
 
 
 def test_batch_has_the_schema(shards):

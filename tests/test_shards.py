@@ -1,0 +1,188 @@
+"""Bad shards: every rank stops in the same step, or reads the same neighbour; never less, no hang.
+
+x {bad, missing, truncated} shard x {0, 2} workers x {1, 2} ranks x {stop, substitute}.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from data.dataset import HeldOut, build_loader
+from data.schema import DataError
+from data.shards import ShardDataset
+from data.sources import DataConfig, open_streams
+from tests.prepared import write_shards
+from tests.ranks import Job, global_batches, read_job, run_job, spoil
+
+TRAIN, HELD, STEPS = 26, 5, 12  # two epochs of 6 batches of 4
+# Workers of several ranks start a server each, which imports torch: the slow ones of the matrix.
+MATRIX = pytest.mark.parametrize("kind, workers, world", [
+    pytest.param(kind, workers, world, marks=pytest.mark.slow_data if workers * world == 4 else ())
+    for kind in ("bad", "missing", "truncated") for workers in (0, 2) for world in (1, 2)
+])
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), TRAIN, HELD)
+
+
+@pytest.fixture
+def copy(shards, tmp_path):
+    """A copy as it was written: compressed shards only."""
+    ignore = shutil.ignore_patterns("*.mds")
+    return shutil.copytree(shards, tmp_path / "copy", ignore=ignore)
+
+
+@pytest.fixture(scope="module")
+def layout(shards):
+    """(first sample, samples) of each shard of the training split."""
+    config = DataConfig(str(shards))
+    dataset = ShardDataset(config, open_streams(config), "train")
+    return list(zip(dataset.sample_offset_per_shard.tolist(),
+                    dataset.samples_per_shard.tolist(), strict=True))
+
+
+def damaged(copy, layout, kind, policy, workers, world, **more):
+    """A job that meets a bad second shard, in order, and where that begins."""
+    config = DataConfig(str(copy), shuffle=False, num_workers=workers, timeout_seconds=60,
+                        on_bad_shard=policy, **more)
+    path = sorted((copy / "train").glob("*.zstd"))[1]
+    job = Job(config, world, STEPS, damage=(kind, str(path)), ledger=copy / "substitutions.jsonl")
+    return job, path, layout[1]
+
+
+@MATRIX
+def test_stop_is_the_same_step_and_error_on_every_rank(copy, layout, kind, workers, world):
+    job, path, (begin, _) = damaged(copy, layout, kind, "stop", workers, world)
+    ranks = run_job(job)
+    assert begin % 4 == 2  # of two ranks, only the second meets the shard in that step
+    assert [len(rank["batches"]) for rank in ranks] == [begin // 4] * world
+    assert len({rank["error"] for rank in ranks}) == 1
+    error = ranks[0]["error"]
+    assert f"{path.name}: this shard cannot be read" in error and "\n" not in error
+    assert error.startswith("rank 1: " if world == 2 else str(path))
+    assert not job.ledger.exists()
+
+
+@MATRIX
+def test_substitute_is_the_same_neighbour_on_any_ranks(copy, layout, kind, workers, world):
+    job, path, (begin, size) = damaged(
+        copy, layout, kind, "substitute", workers, world, max_substituted_fraction=0.5
+    )
+    ranks = run_job(job)
+    assert [rank["error"] for rank in ranks] == [None] * world
+
+    def expected(sample):
+        """The same row of the next shard for the samples of the bad one."""
+        if not begin <= sample < begin + size:
+            return f"train{sample:03d}"
+        first, count = layout[2]
+        return f"train{first + (sample - begin) % count:03d}"
+
+    rows = [range(4 * step, 4 * step + 4) for step in range(6)] * 2
+    assert [batch for _, batch in global_batches(ranks)] == [
+        tuple(map(expected, row)) for row in rows
+    ]
+    lines = [json.loads(line) for line in job.ledger.read_text().splitlines()]
+    assert [(x["step"], x["sample"], x["used"]) for x in lines] == [
+        (step, sample, expected(sample)) for step, row in enumerate(rows) for sample in row
+        if begin <= sample < begin + size
+    ]
+    assert {(x["split"], x["shard"]) for x in lines} == {("train", str(path))}
+    assert all("cannot be read" in x["reason"] for x in lines)
+
+
+@pytest.mark.parametrize("world, workers", [(1, 2), (2, 0)])
+def test_too_many_substitutions_stop_every_rank(copy, layout, world, workers):
+    job, path, (begin, size) = damaged(
+        copy, layout, "bad", "substitute", workers, world, max_substituted_fraction=0.05
+    )
+    ranks = run_job(job)
+    assert [len(rank["batches"]) for rank in ranks] == [begin // 4] * world
+    for rank in ranks:
+        assert f"max_substituted_fraction=0.05: {size} of the 26 samples" in rank["error"]
+        assert path.name in rank["error"]
+
+
+def test_two_bad_shards_in_a_row_give_the_next_good_one(copy, layout):
+    files = sorted((copy / "train").glob("*.zstd"))
+    config = DataConfig(str(copy), shuffle=False, num_workers=0, on_bad_shard="substitute",
+                        max_substituted_fraction=0.9)
+    spoil("truncated", files[0])  # at the start already: refused under stop, not here
+    spoil("missing", files[1])
+    dataset = ShardDataset(config, open_streams(config), "train")
+    begin, count = layout[2]
+    for bad in (0, 1):
+        first, size = layout[bad]
+        for row in range(size):
+            assert dataset[first + row]["id"] == f"train{begin + row % count:03d}"
+    for file in files[2:]:
+        spoil("missing", file)
+    with pytest.raises(DataError, match="every shard of stream 'copy' is bad"):
+        ShardDataset(config, open_streams(config), "train")[0]
+
+
+def test_a_resume_forgets_the_substitutions_of_steps_it_repeats(copy, layout):
+    job, _, (begin, _) = damaged(
+        copy, layout, "bad", "substitute", 0, 1, max_substituted_fraction=0.5
+    )
+    read_job(job, 0)
+    whole = job.ledger.read_text()
+    again = replace(job, first=begin // 4 + 1, steps=STEPS - begin // 4 - 1, damage=None)
+    read_job(again, 0)
+    assert job.ledger.read_text() == whole
+
+
+def test_held_out_samples_are_substituted_and_told_too(copy):
+    config = DataConfig(str(copy), on_bad_shard="substitute", max_substituted_fraction=0.9,
+                        validation_split="train")
+    spoil("bad", sorted((copy / "train").glob("*.zstd"))[0])
+    held_out = HeldOut(config, copy / "ledger.jsonl")
+    [used] = held_out.batch([0], step=7).sample_ids
+    [line] = map(json.loads, (copy / "ledger.jsonl").read_text().splitlines())
+    assert (line["step"], line["sample"], line["used"]) == (7, 0, used) and used != "train000"
+
+
+def test_shard_damaged_after_it_was_unpacked_is_noticed(copy):
+    config = DataConfig(str(copy), num_workers=0)
+    assert read_job(Job(config, 1, 6), 0)["error"] is None  # unpacks
+    spoil("bad", sorted((copy / "train").glob("*.mds"))[1])
+    error = read_job(Job(config, 1, 6), 0)["error"]
+    assert "shard.00001.mds: its xxh64 is not the one in index.json" in error
+    assert len(HeldOut(config)) == HELD  # the other split is whole
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(copy, tmp_path):
+    config = DataConfig(str(copy), num_workers=0, cache_dir=str(tmp_path / "cache"))
+    first = read_job(Job(config, 1, 6), 0)
+    unpacked = sorted((tmp_path / "cache").rglob("train/*.mds"))
+    assert len(unpacked) == 5 and not list(copy.rglob("*.mds"))  # nothing beside the user's own
+    spoil("bad", unpacked[1])
+    spoil("truncated", unpacked[2])
+    spoil("missing", unpacked[3])
+    assert read_job(Job(config, 1, 6), 0) == first
+
+
+def test_cache_limit_evicts_copies_and_never_the_data(copy, tmp_path):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    largest = max(
+        shard["raw_data"]["bytes"] + shard["zip_data"]["bytes"]
+        for shard in json.loads((copy / "train" / "index.json").read_text())["shards"]
+    )
+    plain = read_job(Job(DataConfig(str(copy), num_workers=0, cache_dir=str(tmp_path / "a")), 1,
+                         STEPS), 0)
+    config = DataConfig(str(copy), num_workers=0, cache_dir=str(tmp_path / "b"),
+                        cache_limit=str(5 * largest // 2 * 2))
+    loader = build_loader(config, 4, 0, 1, 3)
+    got = [next(loader)[1].sample_ids for _ in range(STEPS)]
+    assert got == [ids for _, ids, _, _ in plain["batches"]]
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_length_counts_this_ranks_samples(shards):
+    config = DataConfig(str(shards))
+    dataset = ShardDataset(config, open_streams(config), "train", 4, 1)
+    assert (len(dataset), dataset.order.steps_per_epoch) == (24, 6)
