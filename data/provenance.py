@@ -5,6 +5,7 @@ worthless. `data.prepare` stores the fingerprints and every setting in dataset.j
 calls `check_provenance` before it reads weights, on the folders that the run names.
 """
 
+import functools
 import hashlib
 import subprocess
 from collections.abc import Callable, Mapping
@@ -27,9 +28,10 @@ from model.files import (
 )
 
 ROOT = Path(__file__).parents[1]
-# The code that decides what a sample is: another hash of these is another data set.
-SOURCES = ("data/decode.py", "data/pictures.py", "data/sound.py", "data/probe.py",
-           "data/schema.py", "data/prepare/encoders.py", "model/encoders.py")
+# The code that decides what a sample is: another hash of these is another data set. (What a stored
+# column means is data.schema.FORMAT.)
+SOURCES = ("data/cut.py", "data/decode.py", "data/pictures.py", "data/sound.py", "data/streams.py",
+           "data/probe.py", "data/prepare/encoders.py", "model/encoders.py")
 # Roots that feed one model must agree on these; shapes may differ between buckets.
 FED = (
     "format", "fps", "sample_rate", "audio_hop", "video_temporal_stride", "video_spatial_stride",
@@ -169,6 +171,7 @@ _ENCODERS: dict[str, tuple[Callable[[Path], str], str]] = {  # name -> (fingerpr
 }
 
 
+@functools.cache  # what runs, also when the checkout is edited meanwhile
 def code_version() -> dict[str, str]:
     """`code`: hash of the sources that a sample depends on; `commit`: the checkout's, if any."""
     digest = hashlib.sha256()

@@ -8,6 +8,7 @@ import pytest
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
+from data import provenance
 from data.provenance import check_provenance, code_version, encoder_fingerprints
 from data.schema import DataError, load_metadata
 from model.files import SAMPLED
@@ -150,6 +151,18 @@ def test_data_without_fingerprints_are_said(folders, metadata):
     assert len(notes) == 4 and all("has no fingerprint" in note for note in notes)
 
 
-def test_code_version_is_a_hash_of_the_sources():
+def test_code_version_is_a_hash_of_the_sources(monkeypatch, tmp_path):
     first = code_version()
-    assert first == code_version() and len(first["code"]) == 16
+    assert len(first["code"]) == 16 and first["commit"]
+    for name in provenance.SOURCES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(provenance.ROOT / name, tmp_path / name)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    code_version.cache_clear()
+    assert code_version() == first | {"commit": ""}  # a copy without git
+    (tmp_path / provenance.SOURCES[0]).write_text("# other code")
+    assert code_version()["code"] == first["code"]  # what runs does not change
+    code_version.cache_clear()
+    assert code_version()["code"] != first["code"]
+    monkeypatch.undo()
+    code_version.cache_clear()
