@@ -200,7 +200,7 @@ def report(
     one = found.gpu_seconds / max(1.0, found.clips)
     lines = [
         f"usable   {found.clips:,.0f}{margin} of {given:,} clips{scaled}, "
-        f"{found.clips * args.frames / args.fps / 3600:,.2f} h of cuts",
+        f"{_span(found.clips * args.frames / args.fps)} of cuts",
         *(f"rejected {count:8,} {reason}" for reason, count in reasons.most_common()),
         f"encode   {_span(found.gpu_seconds / args.gpus)} on {args.gpus} GPUs at {one:.3f} s a clip"
         + ("" if args.encode_seconds else " (an H200, computed, not measured: --encode-seconds)"),
@@ -214,7 +214,9 @@ def report(
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+    unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= n
+                        or n == 1)
+    return f"{seconds / length:,.1f} {unit}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

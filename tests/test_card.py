@@ -7,6 +7,10 @@ import pytest
 from PIL import Image
 
 from data.card import build_card, write_card
+from data.cut import CutSpec
+from data.mux import write_clip
+from data.prepare import Encoders, prepare
+from tests import tiny
 
 
 def sample(index: int, **more) -> dict:
@@ -76,6 +80,27 @@ def test_written_card_can_be_read(tmp_path):
     with Image.open(tmp_path / "new/data_card.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] > 900 and (pixels < 250).any(axis=2).mean() > 0.02  # bars, text
+
+
+def test_card_of_a_prepared_folder_counts_what_the_importer_left_out(tmp_path):
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 255, (12, 64, 96, 3), np.uint8)
+    sound = 0.1 * generator.standard_normal((8000, 2)).astype(np.float32)
+    write_clip(tmp_path / "a.mp4", frames, 24, sound, 16000)
+    line = {"path": "a.mp4", "video_caption": "v", "audio_caption": "a", "source": "avsync15"}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps(line | {"id": "a"}) + "\n" + json.dumps(line | {
+        "id": "late", "t0": 9}))
+    (tmp_path / "m.rejects.jsonl").write_text(json.dumps(REJECTS[0]))
+    wan, tangoflux = tiny.write_wan(tmp_path / "wan"), tiny.write_tangoflux(tmp_path / "tango")
+    encoders = Encoders.load(str(wan), str(tangoflux), "cpu", 40)
+    spec = CutSpec(frames=9, height=32, width=64, sample_rate=tiny.SAMPLE_RATE, hop=tiny.HOP)
+    prepare(manifest, tmp_path / "out", encoders, spec)
+    card = json.loads((tmp_path / "out/data_card.json").read_text())
+    assert card["reasons"] == {"silent": 1, "too_short": 1}
+    assert (card["kept"], card["splits"]) == (1, {"avsync15": {"train": 1}})
+    assert card["histograms"]["mean_dbfs"]["mean"] == pytest.approx(-20, abs=2)
+    assert (tmp_path / "out/data_card.png").is_file()
 
 
 @pytest.mark.parametrize("samples", [[], [{"id": "bare", "split": "train"}]])

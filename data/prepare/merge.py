@@ -17,6 +17,7 @@ from typing import Any
 from streaming.base.hashing import get_hash
 
 from data.card import build_card, write_card
+from data.manifest.records import read_ledger
 from data.prepare.job import Group, Job
 from data.schema import (
     HASH,
@@ -83,7 +84,8 @@ def _merge(job: Job) -> Metadata:
     _write_lines(root / REJECTS_FILE, rejects)
     _write_lines(root / SAMPLES_FILE, samples)
     metadata = job.metadata
-    write_card(root, build_card(samples, rejects, metadata.fps, metadata.frames))
+    left_out = [*read_ledger(job.manifest), *rejects]  # by the importer, then by us
+    write_card(root, build_card(samples, left_out, metadata.fps, metadata.frames))
     files = sorted(
         path for path in root.rglob("*")
         if path.is_file() and path.suffix != ".zstd" and path.name != METADATA_FILE
