@@ -3,55 +3,19 @@
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data.decode import CutSpec, read_cut
-from data.manifest.__main__ import main
-from data.manifest.vggsound import load_subsets, parse_name
 from data.playground.__main__ import write_clips
-from tests.media import noise, numbered, write_media
-
-RATE = 10  # pictures a second: cheap, and times that are easy to read
-CUT = 49 / 24
-
-
-def take(path: Path, seconds: float = 10) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = numbered(round(seconds * RATE), 16, 24)
-    return write_media(path, frames, np.arange(len(frames)) / RATE, noise(seconds, 8000), 8000)
+from tests.trees import CUT, FACTS, build_vggsound, error_of, place, reasons, run, take
 
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory):
     """One clip of ten seconds, to be copied."""
     return take(tmp_path_factory.mktemp("source") / "ten.mp4")
-
-
-def place(clip: Path, *paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, path)
-
-
-def run(name: str, *roots: Path, out: Path, options: tuple = ()) -> tuple[dict, dict]:
-    """(records, ledger lines) by id of what the command writes."""
-    arguments = [name, *roots, "--out", out, "--workers", 1, *options]
-    assert main([str(argument) for argument in arguments]) == 0
-    ledger = out.with_name(f"{out.stem}.rejects.jsonl")
-    return tuple({line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
-                 for path in (out, ledger))
-
-
-def reasons(rejects: dict) -> dict[str, str]:
-    return {name: line["reason"] for name, line in rejects.items()}
-
-
-FACTS = {"width": 24, "height": 16, "rotation": 0, "fps": 10.0, "vfr": False, "frames": 100,
-         "seconds": 10.0, "audio_rate": 8000, "channels": 2}
 
 
 def test_avsync15(tmp_path, ten):
@@ -132,177 +96,6 @@ def test_landscape_lists_are_relative_to_their_part(tmp_path, ten):
     assert reasons(rejects) == {"landscape_c": "missing_file"}
 
 
-def greatest_hits(root: Path, ten: Path) -> Path:
-    names = ("2015-02-16-16-49-06", "2015-02-16-16-49-06-1", "2015-03-01-00-00-00",
-             "2015-03-02-00-00-00", "2015-03-03-00-00-00", "2015-03-04-00-00-00")
-    for name in names[:-1]:
-        place(ten, root / f"vis-data/{name}_denoised.mp4")
-    place(ten, *(root / f"vis-data/{names[0]}_{version}.mp4"
-                 for version in ("denoised_thumb", "mic")),
-          root / f"vis-data/{names[-1]}_mic.mp4", root / "vis-data/readme_clip.mp4")
-    marks = {
-        names[0]: "0.5 wood hit static\n3.0 metal hit deform\n3.5 metal scratch static\n"
-                  "4.0 None None None\n4.2 metal hit static\n9.0 wood scratch static\n\n",
-        names[1]: "1.0 leaf hit static\n6.0 leaf hit static\n",
-        names[2]: "4.0 None None None\n",
-        names[3]: "1.0 leaf hit\n",
-        names[5]: "",
-    }
-    for name, text in marks.items():
-        (root / f"vis-data/{name}_times.txt").write_text(text)
-    return root
-
-
-def test_greatest_hits_takes_the_window_with_the_most_marks(tmp_path, ten):
-    root = greatest_hits(tmp_path, ten)
-    out = tmp_path / "g.jsonl"
-    records, rejects = run("greatest_hits", root, out=out, options=("--duplicates", "exact"))
-    first = records["greatest_hits_2015-02-16-16-49-06"]
-    # Three marks from 3.0 to 4.2 s, in the middle of the cut: 3.6 - CUT / 2 = 2.579.
-    assert first["t0"] == pytest.approx(2.6) and first["t1"] == pytest.approx(2.6 + CUT)
-    assert first["marks"] == [[0.4, "metal", "hit", "deform"], [0.9, "metal", "scratch", "static"],
-                              [1.6, "metal", "hit", "static"]]
-    assert (first["class"], first["origin"]) == ("metal hit", "2015-02-16-16-49-06")
-    assert first["path"] == "vis-data/2015-02-16-16-49-06_denoised.mp4"
-    quiet = records["greatest_hits_2015-03-01-00-00-00"]
-    assert (quiet["t0"], quiet["marks"], quiet["class"]) == (4.0, [], "")  # the centre
-    assert reasons(rejects) == {
-        "readme_clip": "unlisted",
-        "greatest_hits_2015-03-02-00-00-00": "bad_marks",
-        "greatest_hits_2015-03-03-00-00-00": "bad_marks",
-        "greatest_hits_2015-03-04-00-00-00": "missing_file",
-    }
-    assert "line 1" in rejects["greatest_hits_2015-03-02-00-00-00"]["detail"]
-    assert "only mic" in rejects["greatest_hits_2015-03-04-00-00-00"]["detail"]
-
-
-def test_greatest_hits_ties_are_drawn_by_seed(tmp_path, ten):
-    root, tied = greatest_hits(tmp_path, ten), "greatest_hits_2015-02-16-16-49-06-1"
-    starts = []
-    for seed in range(8):
-        records, _ = run("greatest_hits", root, out=tmp_path / "g.jsonl",
-                         options=("--seed", seed))
-        again, _ = run("greatest_hits", root, out=tmp_path / "g.jsonl", options=("--seed", seed))
-        assert records == again
-        starts.append(round(records[tied]["t0"], 3))
-        assert len(records[tied]["marks"]) == 1
-    # 6.0 s can be in the middle of a cut, 1.0 s only where the take begins.
-    assert set(starts) == {0.0, 5.0}
-
-
-def test_greatest_hits_of_another_version_or_cut(tmp_path, ten):
-    root = greatest_hits(tmp_path, ten)
-    records, _ = run("greatest_hits", root, out=tmp_path / "g.jsonl",
-                     options=("--version", "denoised_thumb", "--cut", "centre"))
-    [record] = records.values()
-    assert record["path"].endswith("06_denoised_thumb.mp4") and record["t0"] == 4.0
-    assert record["marks"] == [[0.2, "metal", "hit", "static"]]  # 4.2 s; None at 4.0 is no mark
-
-
-TABLE = '''-0abcDEFghi,30,"bee, wasp, etc. buzzing",train
-aaaaaaaaaaa,1,ripping paper,train
-aaaaaaaaaaa,40,ripping paper,train
-aaaaaaaaaaa,46,ripping paper,train
-under_scor_,0,playing cello,test
-ccccccccccc,5,playing cello,test
-ccccccccccc,100,playing cello,train
-ddddddddddd,7,dog barking,train
-eeeeeeeeeee,7,dog barking
-'''
-
-
-def vggsound(root: Path, ten: Path) -> Path:
-    place(
-        ten,
-        root / "vggsound_00/-0abcDEFghi_000030.mp4",  # seconds, six digits
-        root / "vggsound_01/aaaaaaaaaaa_1000_11000.mp4",  # milliseconds
-        root / "vggsound_02/aaaaaaaaaaa_000001.mp4",  # the same clip again
-        root / "vggsound_01/aaaaaaaaaaa_40000_50000.mp4",
-        root / "vggsound_01/aaaaaaaaaaa_000046_000056.mp4",  # overlaps the one before
-        root / "vggsound_01/under_scor__000000.mp4",
-        root / "vggsound_01/ccccccccccc_5000_15000.mp4",
-        root / "vggsound_01/ccccccccccc_000100.mp4",  # of a recording in the test list
-        root / "vggsound_01/fffffffffff_000100.mp4",
-        root / "vggsound_01/my holiday.mp4",
-    )
-    (root / "vggsound.csv").write_text(TABLE)
-    return root
-
-
-def test_vggsound(tmp_path, ten):
-    root = vggsound(tmp_path / "VGGSound", ten)
-    records, rejects = run("vggsound", root, out=tmp_path / "v.jsonl", options=("--held-out", 1))
-    bee = records["-0abcDEFghi_000030"]
-    assert bee == bee | FACTS | {
-        "source": "vggsound", "class": "bee, wasp, etc. buzzing", "split": "train",
-        "subset": "AV-Loose", "path": "VGGSound/vggsound_00/-0abcDEFghi_000030.mp4",
-        "origin": "-0abcDEFghi", "origin_start": 30.0, "t0": 2.5, "t1": 2.5 + 121 / 24}
-    assert records["aaaaaaaaaaa_000001"]["subset"] == "AV-Tight"
-    splits = {name: r["split"] for name, r in records.items()}
-    assert sorted(splits.pop(name) for name in ("under_scor__000000", "ccccccccccc_000005")) == [
-        "test", "validation"]
-    assert splits == dict.fromkeys(
-        ("-0abcDEFghi_000030", "aaaaaaaaaaa_000001", "aaaaaaaaaaa_000040"), "train")
-    assert reasons(rejects) == {
-        "aaaaaaaaaaa_000001": "duplicate",
-        "aaaaaaaaaaa_000046": "overlap",
-        "ccccccccccc_000100": "leak",
-        "fffffffffff_000100": "unlisted",
-        "my holiday": "unlisted",
-        "ddddddddddd_000007": "missing_file",
-        "eeeeeeeeeee": "invalid_record",
-    }
-
-
-@pytest.mark.parametrize(("mode", "left"), [("exact", 3), ("overlap", 2), ("id", 1)])
-def test_what_counts_as_a_duplicate_is_a_setting(tmp_path, ten, mode, left):
-    root = vggsound(tmp_path / "VGGSound", ten)
-    records, _ = run("vggsound", root, out=tmp_path / "v.jsonl",
-                     options=("--held-out", 1, "--duplicates", mode))
-    assert sum(name.startswith("aaaaaaaaaaa") for name in records) == left
-
-
-@pytest.mark.parametrize(
-    ("stem", "parsed"),
-    [
-        ("-0abcDEFghi_000030", ("-0abcDEFghi", 30)),
-        ("_-_-_-_-_-__000030", ("_-_-_-_-_-_", 30)),
-        ("53UdZyM9MyE_252000_262000", ("53UdZyM9MyE", 252)),
-        ("a1_000030_b_0_10000", ("a1_000030_b", 0)),
-        ("53UdZyM9MyE_100000_110000", ("53UdZyM9MyE", 100)),
-        ("53UdZyM9MyE_000014_000024", ("53UdZyM9MyE", 14)),
-        ("53UdZyM9MyE", None),
-        ("53UdZyM9MyE_12a", None),
-    ],
-)
-def test_vggsound_file_names(stem, parsed):
-    assert parse_name(stem) == parsed
-
-
-def test_av_tight_and_loose_are_the_papers():
-    subsets = load_subsets()
-    tight, loose = set(subsets["AV-Tight"]), set(subsets["AV-Loose"])
-    assert (len(tight), len(loose), len(tight & loose)) == (37, 146, 0)
-    assert {"ripping paper", "eletric blender running"} <= tight  # stat.csv's own spelling
-    assert {"police car (siren)", "bee, wasp, etc. buzzing"} <= loose
-
-
-def test_held_out_recordings_of_another_set_are_not_trained_on(tmp_path, ten, capsys):
-    root = vggsound(tmp_path / "VGGSound", ten)
-    other, out = tmp_path / "avsync15.jsonl", tmp_path / "v.jsonl"
-    lines = [{"id": "x", "path": "x.mp4", "split": split, "source": "avsync15", "origin": origin}
-             for split, origin in (("validation", "aaaaaaaaaaa"), ("train", "-0abcDEFghi"))]
-    other.write_text("\n".join(json.dumps(line | {"id": line["origin"]}) for line in lines))
-    run("vggsound", root, out=out, options=("--held-out", 1))
-    assert main(["check", str(out), str(other)]) == 1
-    error = capsys.readouterr().err
-    assert f"{out} trains on 1 recordings that {other} holds out, such as aaaaaaaaaaa" in error
-    _, rejects = run("vggsound", root, out=out,
-                     options=("--held-out", 1, "--keep-out", other))
-    assert reasons(rejects)["aaaaaaaaaaa_000040"] == "leak"
-    assert main(["check", str(out), str(other)]) == 0
-
-
 def test_folder_and_captions(tmp_path, ten, capsys):
     root = tmp_path / "clips"
     place(ten, root / "a b.mp4", root / ".hidden.mp4")
@@ -381,13 +174,6 @@ def test_odd_avsync15_trees_are_one_line(tmp_path, ten, capsys, make):
     assert message in error_of(capsys, "avsync15", tmp_path)
 
 
-def error_of(capsys, *arguments) -> str:
-    assert main([str(a) for a in (*arguments, "--workers", 1)]) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines)
-    return lines[-1]
-
-
 def test_odd_roots_are_one_line(tmp_path, ten, capsys):
     gone = tmp_path / "gone"
     for name in ("avsync15", "landscape", "greatest_hits", "vggsound", "folder", "playground"):
@@ -400,7 +186,7 @@ def test_odd_roots_are_one_line(tmp_path, ten, capsys):
     assert "no UTF-8 csv" in error_of(capsys, "vggsound", empty)
     (empty / "vggsound.csv").write_text("aaaaaaaaaaa,1,x,train\n")
     assert "unpack the archives" in error_of(capsys, "vggsound", empty)
-    root = vggsound(tmp_path / "VGGSound", ten)
+    root = build_vggsound(tmp_path / "VGGSound", ten)
     assert "held_out=731" in error_of(capsys, "vggsound", root)
     (tmp_path / "file").touch()
     assert "cannot be written" in error_of(capsys, "vggsound", root, "--held-out", 2, "--out",
