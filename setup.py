@@ -28,6 +28,7 @@ setup(
         "sentencepiece",
         "protobuf",
         "tqdm",
+        "matplotlib",  # the data card's small plots; mosaicml-streaming brings it anyway
         "ninja",  # DeepSpeed builds its CPU communication op at first use
     ],
     extras_require={
