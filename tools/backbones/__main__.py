@@ -6,7 +6,7 @@
     python -m tools.backbones text          --minutes 8
     python -m tools.backbones video_latents --cache .cache/world
     python -m tools.backbones audio_latents --cache .cache/world
-    python -m tools.backbones video_decoder --cache .cache/world --minutes 8
+    python -m tools.backbones video_decoder --cache .cache/world --minutes 43
     python -m tools.backbones video_tower   --cache .cache/world --minutes 25
     python -m tools.backbones audio_tower   --cache .cache/world --minutes 25
     python -m tools.backbones measure

@@ -122,11 +122,15 @@ def train(cache: Path, minutes: float, resume: bool = False, seed: int = 0) -> N
 
 
 def _ball_loss(output: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
-    """As in `_loss`, with colour counted apart: a pale ball on a pale wall differs by hue alone."""
+    """As in `_loss`, with colour counted apart: a pale ball on a pale wall differs by hue alone.
+
+    The less a ball stands out, the more its pixels count: else the palest are painted over.
+    """
     error = output - video
     hue = error - error.mean(dim=1, keepdim=True)  # (B,3,T,H,W)
     backdrop = video.median(dim=2, keepdim=True).values
-    moving = ((video - backdrop).abs().amax(dim=1, keepdim=True) > 0.1).float()
+    contrast = (video - backdrop).abs().amax(dim=1, keepdim=True)  # (B,1,T,H,W)
+    moving = (contrast > 0.05) * (0.5 / contrast.clamp(min=0.05)).clamp(1, 4)
     size = error.abs() + 4 * error.square() + 2 * hue.abs() + 4 * hue.square()
     return ((1 + 2 * MOTION_WEIGHT * moving) * size).mean()
 
