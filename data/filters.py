@@ -109,8 +109,8 @@ def _picture_bits(frame: np.ndarray) -> int:
 def find_near_duplicates(prints: list[Print]) -> list[Twin]:
     """Pairs that look alike (MAX_BITS) and sound alike (MIN_LIKENESS).
 
-    Every pair is compared: 20,000 clips take 2 s, 100,000 a minute. Sound decides between two
-    takes of one still scene.
+    Every pair is compared: 20,000 clips take 2 s, 100,000 one to two minutes. Sound decides
+    between two takes of one still scene.
     """
     if not prints:
         return []
