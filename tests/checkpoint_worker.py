@@ -1,131 +1,305 @@
-"""Checkpoints on two real ranks under ZeRO-3, with faults; run by test_checkpoint.py.
+"""Checkpoints on real ranks and engines, with faults; run by test_checkpoint.py.
 
-    torchrun --nproc-per-node=2 tests/checkpoint_worker.py FOLDER
+    torchrun --nproc-per-node=N tests/checkpoint_worker.py FOLDER PART[:ENGINE,...]...
 
-Each check prints its name when it held; an assertion ends the process.
+PART: faults, exact, offload, or the folder that `exact` left on N ranks, exactN. Each check prints
+its name when it held; an assertion ends the process.
 """
 
+import gc
 import os
+import shutil
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from training import checkpoint, engine
-from training.distributed import barrier, resolve_world, shutdown, start
-from training.run_dir import lock_run
+from training import checkpoint, engine, manifest, storage, tags
+from training.distributed import World, barrier, gather_objects, resolve_world, shutdown, start
+from training.ds_config import complete_ds_config
+from training.ema import EMA
+from training.run_dir import CheckpointError, lock_run
+from training.shards import find_shards, read_moments
+
+GLOBAL_BATCH, DECAY = 4, 0.75
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+ENGINES: dict[str, dict] = {
+    "stage0": {},
+    "stage1": {"zero_optimization": {"stage": 1}},
+    "stage2": {"zero_optimization": {"stage": 2}},
+    "stage3": {"zero_optimization": ZERO3},
+    # Several flat buffers per group, some parameters whole on every rank.
+    "stage3_small": {"zero_optimization": ZERO3 | {
+        "sub_group_size": 50, "stage3_param_persistence_threshold": 20}},
+    "bf16_stage1": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
+                    "data_types": {"grad_accum_dtype": "fp32"}},
+    "bf16_stage2": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True},
+                    "data_types": {"grad_accum_dtype": "fp32"}},
+    "bf16_stage3": {"zero_optimization": ZERO3, "bf16": {"enabled": True},
+                    "data_types": {"grad_accum_dtype": "fp32"}},
+}
+OFFLOADED = {
+    f"offload{stage}": {"zero_optimization": ENGINES[f"stage{stage}"]["zero_optimization"]
+                        | {"offload_optimizer": {"device": "cpu"}}} for stage in (2, 3)
+}
 
 
-def build(world_size: int):
-    config = engine.complete_ds_config(
-        {"train_micro_batch_size_per_gpu": 1,
-         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
-        world_size, 1.0, world_size,
-    )
-    torch.manual_seed(0)
-    model = engine.build_sharded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), config)
-    return engine.build_engine(model, set(), engine.OptimizerConfig(lr=0.1), config)[0]
+class Model(nn.Module):
+    """Sizes that no world size divides; four parameter groups (decayed or not, new or not)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 9), nn.Linear(9, 5)
+        self.new = nn.Linear(5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.new(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-def train(deepspeed_engine) -> float:
-    loss = deepspeed_engine(torch.ones(1, 8)).square().mean()
-    deepspeed_engine.backward(loss)
-    deepspeed_engine.step()
-    return loss.item()
+NEW = {"new.weight", "new.bias"}
+OPTIMIZER = engine.OptimizerConfig(lr=0.02, weight_decay=0.1, lr_new=3.0)
 
 
-def refused(message: str, action) -> None:
+def build(name: str, world: World, seed: int = 0, accumulate: bool = True):
+    micro = 1 if accumulate else GLOBAL_BATCH // world.world_size
+    values = {"train_micro_batch_size_per_gpu": micro} | (ENGINES | OFFLOADED)[name]
+    config = complete_ds_config(values, GLOBAL_BATCH, 1.0, world.world_size)
+    torch.manual_seed(seed)
+    model = engine.build_sharded(Model, config)
+    return engine.build_engine(model, NEW, OPTIMIZER, config)[0]
+
+
+def train(made, step: int, world: World, ema: EMA | None = None) -> float:
+    """One update; the samples are a function of the step and the place in the global batch."""
+    share, dtype = GLOBAL_BATCH // world.world_size, next(made.module.parameters()).dtype
+    x = torch.randn(GLOBAL_BATCH, 7, generator=torch.Generator().manual_seed(step))
+    mine = x[world.rank * share : (world.rank + 1) * share].to(dtype)
+    micro, total = made.train_micro_batch_size_per_gpu(), 0.0
+    for part in mine.split(micro):
+        loss = (made(part) - part.sum(1, keepdim=True)).float().square().mean()
+        made.backward(loss)
+        made.step()
+        total += loss.item() * len(part)
+    if ema:
+        ema.update()
+    return total
+
+
+def state(made, ema: EMA) -> list[torch.Tensor]:
+    """All that a checkpoint must bring back, of this rank; without the buffers' padding."""
+    tensors = []
+    for shard, average in zip(find_shards(made), ema.flats, strict=True):
+        for flat in (shard.flat, *read_moments(made, shard).values(), average):
+            tensors += [flat[p.start : p.start + p.length].clone() for p in shard.pieces]
+    return tensors
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) > 0 and all(map(torch.equal, left, right))
+
+
+def save(made, run_dir: Path, step: int, world: World, ema: EMA | None = None, **keep) -> Path:
+    tag = checkpoint.save_checkpoint(made, run_dir, step, {}, tags.Retention(**keep), world, ema)
+    barrier(world)  # rank 0 may still be deleting old ones
+    return tag
+
+
+def resume(made, run_dir: Path, world: World, ema: EMA | None = None) -> int | None:
+    found = tags.find_checkpoint(run_dir, world)
+    if found is None:
+        return None
+    checkpoint.load_checkpoint(made, found, world, ema)
+    return found.manifest.step
+
+
+def refused(message: str, action: Callable) -> None:
     try:
         action()
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         assert message in str(error), str(error)
         return
     raise AssertionError(f"not refused: {message}")
 
 
-def main() -> None:
-    world = resolve_world(os.environ)
-    start(world, 2)
-    run_dir = Path(sys.argv[1]) / "run"
+def exact(folder: Path, world: World, names: list[str]) -> None:
+    """N steps + a checkpoint + N steps are 2N steps, bit for bit, in every engine."""
+    for name in names:
+        straight = build(name, world)
+        average = EMA(straight, DECAY)
+        for step in range(3):
+            train(straight, step, world, average)
+        save(straight, folder / name, 3, world, average)
+        resumed = build(name, world, seed=1)
+        other = EMA(resumed, DECAY)
+        assert resume(resumed, folder / name, world, other) == 3
+        assert same(state(straight, average), state(resumed, other)), name
+        with other.swapped_in():  # as a validation between two steps does
+            resumed(torch.zeros(1, 7).to(next(resumed.module.parameters()).dtype))
+        for step in range(3, 6):
+            expected = train(straight, step, world, average)
+            assert train(resumed, step, world, other) == expected, name
+        assert same(state(straight, average), state(resumed, other)), name
+        groups = [made.optimizer.param_groups for made in (straight, resumed)]
+        for before, after in zip(*groups, strict=True):
+            assert before["lr"] == after["lr"] and before["weight_decay"] == after["weight_decay"]
+        assert len({group["weight_decay"] for group in groups[1]}) == 2
+        save(resumed, folder / name, 6, world, other)
+        say(f"exact {name}", world)
 
-    def say(name: str) -> None:
-        barrier(world)
-        if world.is_main:
-            print(name, flush=True)
 
-    def resume(target):
-        tag = checkpoint.find_checkpoint(run_dir, world)
-        return tag and checkpoint.load_checkpoint(target, tag, world)
+def read_back(folder: Path, world: World, names: list[str]) -> None:
+    """Each of `names`, saved by `exact` on some world size, is resumed by each on this one."""
+    for saved in names:
+        _, weights = checkpoint.read_weights(folder / saved)
+        _, average = checkpoint.read_weights(folder / saved, ema=True)
+        for name in names:
+            copy = folder / f"{saved}_{name}_{world.world_size}"
+            if world.is_main:
+                shutil.copytree(folder / saved, copy)
+            barrier(world)
+            made = build(name, world, seed=2)
+            ema = EMA(made, DECAY)
+            assert resume(made, copy, world, ema) == 6
+            save(made, copy, 7, world, ema)
+            for kind, expected in ((False, weights), (True, average)):
+                _, again = checkpoint.read_weights(copy, 7, ema=kind)
+                assert same(list(expected.values()), list(again.values())), (saved, name)
+            before = manifest.read_manifest(copy / "checkpoints" / tags.tag_of(6))
+            after = manifest.read_manifest(copy / "checkpoints" / tags.tag_of(7))
+            assert before.updates == after.updates == 6 and before.groups == after.groups
+            losses = [train(made, step, world, ema) for step in (7, 8)]
+            whole = [sum(gather_objects(loss, world)) / GLOBAL_BATCH for loss in losses]
+            if ("bf16" in saved) == ("bf16" in name):
+                say(f"losses {saved} {' '.join(map(str, whole))}", world)
+    say("read back", world)
 
+
+def say(name: str, world: World) -> None:
+    barrier(world)
+    if world.is_main:
+        print(name, flush=True)
+
+
+def on_main(world: World, action: Callable) -> None:
+    barrier(world)
+    if world.is_main:
+        action()
+    barrier(world)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def names_of(run_dir: Path) -> list[int]:
+    return [int(tag.name[4:]) for tag in tags.complete_tags(run_dir)]
+
+
+def faults(folder: Path, world: World) -> None:
+    run_dir = folder / "run"
+    root = run_dir / "checkpoints"
     lock = lock_run(run_dir, world)
     refused("is being written by", lambda: lock_run(run_dir, world))
-    say("second writer refused")
+    say("second writer refused", world)
 
-    ours = build(world.world_size)
-    assert resume(ours) is None
-    say("fresh start")
-    for step in (1, 2, 3):
-        train(ours)
-        checkpoint.save_checkpoint(ours, run_dir, step, {"step": step}, 2, world)
-    assert [tag.name for tag in checkpoint.complete_tags(run_dir)] == ["step00000002",
-                                                                       "step00000003"]
-    say("keeps the last two")
+    ours = build("stage3", world)
+    ema = EMA(ours, DECAY)
+    assert resume(ours, run_dir, world) is None
+    say("fresh start", world)
+    for step in range(1, 8):
+        train(ours, step, world, ema)
+        save(ours, run_dir, step, world, ema, last=2, every=3)
+        if step == 1:
+            on_main(world, lambda: (root / tags.tag_of(1) / tags.PROTECTED).touch())
+            on_main(world, lambda: (root / "step00000000").mkdir())  # a killed save's
+    assert names_of(run_dir) == [1, 3, 6, 7]
+    assert not (root / "step00000000").exists()
+    assert (root / "latest").read_text() == "step00000007\n"
+    say("keeps the last two, every third and the protected one", world)
 
-    expected = [train(ours) for _ in range(3)]
-    other = build(world.world_size)
-    assert resume(other) == {"step": 3}
-    assert [train(other) for _ in range(3)] == expected
-    say("resume continues bit for bit")
+    def failing_on(rank: int, error: OSError) -> Callable:
+        def write(path, slices):
+            if world.rank == rank and "exp_avg" in path.name:
+                raise error
+            return storage.write_slices(path, slices)
+        return write
 
-    save = torch.save
+    expected = state(ours, ema)
+    for rank, error in ((1, OSError(28, "No space left on device")), (0, OSError(5, "I/O error"))):
+        checkpoint.write_slices = failing_on(rank, error)
+        refused(f"rank {rank}: ", lambda: save(ours, run_dir, 8, world, ema))
+        checkpoint.write_slices = storage.write_slices
+        assert names_of(run_dir) == [1, 3, 6, 7] and not (root / tags.tag_of(8)).exists()
+    say("full disk on one rank: refused on all, the ones before are intact", world)
 
-    def full_disk(state, file, *args, **kwargs):
-        if world.rank == 1:
-            raise OSError(28, "No space left on device")
-        return save(state, file, *args, **kwargs)
+    statvfs = os.statvfs
 
-    torch.save = full_disk
-    refused("rank 1: ", lambda: checkpoint.save_checkpoint(ours, run_dir, 4, {}, 2, world))
-    torch.save = save
-    assert [tag.name for tag in checkpoint.complete_tags(run_dir)][-1] == "step00000003"
-    assert not (run_dir / "checkpoints" / "step00000004").exists()
-    say("full disk on one rank: refused on all, the one before is intact")
+    def nearly_full(path):
+        disk = list(statvfs(path))
+        disk[4] = 3  # f_bavail
+        return os.statvfs_result(disk)
 
-    shard = sorted((run_dir / "checkpoints" / "step00000003").glob("*optim_states.pt"))[0]
-    barrier(world)
-    if world.is_main:
-        data = bytearray(shard.read_bytes())
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-    barrier(world)
-    refused("differs from its sha256", lambda: resume(other))
-    say("flipped bit refused")
+    os.statvfs = nearly_full
+    refused("it needs 0.000 GB and 6 files", lambda: save(ours, run_dir, 8, world))
+    os.statvfs = statvfs
+    assert not (root / tags.tag_of(8)).exists() and same(state(ours, ema), expected)
+    say("too little space: refused with the numbers before anything is written", world)
 
-    barrier(world)
-    if world.is_main:
-        shard.write_bytes(shard.read_bytes()[:-1])
-    barrier(world)
-    assert resume(other) == {"step": 2}
-    say("truncated checkpoint passed over")
+    newest = root / tags.tag_of(7)
+    for victim in ("weight-00000.safetensors", "ema-00001.safetensors", manifest.MANIFEST):
+        kept = (newest / victim).read_bytes()
+        on_main(world, lambda victim=victim: flip(newest / victim))
+        found = tags.find_checkpoint(run_dir, world)
+        assert found and found.tag.name == tags.tag_of(6) and victim in found.damaged[newest]
+        on_main(world, lambda victim=victim, kept=kept: (newest / victim).write_bytes(kept))
+    say("flipped bit: the one before is taken, which is told", world)
 
-    barrier(world)
-    if world.is_main:
-        for tag in checkpoint.complete_tags(run_dir):
-            next(tag.glob("*optim_states.pt")).unlink()
-    barrier(world)
-    refused("none is complete", lambda: resume(other))
-    say("no complete checkpoint: refused, not trained from scratch")
+    other = build("stage3", world, seed=3)
+    on_main(world, lambda: flip(newest / "exp_avg-00001.safetensors"))
+    assert resume(other, run_dir, world) == 6
+    train(other, 7, world)
+    save(other, run_dir, 8, world)
+    assert names_of(run_dir) == [1, 6, 8] and not newest.exists()
+    say("a damaged one is not counted among the last two", world)
 
-    barrier(world)
-    if world.is_main:
-        for manifest in run_dir.glob(f"checkpoints/*/{checkpoint.MANIFEST}"):
-            manifest.unlink()
-    barrier(world)
-    assert resume(other) is None
-    say("killed in the first save: a fresh start")
+    for tag in tags.complete_tags(run_dir):
+        on_main(world, lambda tag=tag: next(tag.glob("weight*")).unlink())
+    refused("none can be resumed", lambda: resume(other, run_dir, world))
+    say("no complete checkpoint: refused, not trained from scratch", world)
+
+    def unfinish() -> None:
+        for path in run_dir.glob(f"checkpoints/*/{manifest.MANIFEST}"):
+            path.unlink()
+
+    on_main(world, unfinish)
+    assert resume(other, run_dir, world) is None
+    say("killed in the first save: a fresh start", world)
     if lock:
         lock.close()
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    world = resolve_world(os.environ)
+    start(world, 2)
+    folder = Path(sys.argv[1])
+    for argument in sys.argv[2:]:
+        part, _, chosen = argument.partition(":")
+        names = chosen.split(",") if chosen else list(ENGINES)
+        if part == "faults":
+            faults(folder, world)
+        elif part == "exact":
+            exact(folder / f"exact{world.world_size}", world, names)
+        elif part == "offload":
+            exact(folder / "offload", world, list(OFFLOADED))
+        else:  # the folder of another world size
+            read_back(folder / part, world, names)
+    gc.collect()  # engines in reference cycles, while there still is a process group
     shutdown()
 
 

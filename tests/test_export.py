@@ -10,7 +10,7 @@ from model import AVFullDiT, AVFullDiTConfig
 from model.pretrained import iter_pretrained
 from tests.test_sample_tool import call, change, copied, refused, trained  # noqa: F401
 from tools import export, sample
-from training.checkpoint import read_weights
+from training.checkpoint import read_weights, write_weights
 
 
 def run_export(monkeypatch, *arguments) -> int:
@@ -67,6 +67,8 @@ def test_refusals(trained, exported, monkeypatch, capsys):  # noqa: F811
         ((trained / "run", exported), "not empty"),
         ((trained / "run", exported.parent / "new", "--step", "7"), "step=7 has no checkpoint"),
         ((exported.parent / "nowhere", exported.parent / "new"), "no such file"),
+        ((trained / "run", exported.parent / "new", "--ema"), "holds no EMA"),
+        ((exported, exported.parent / "new", "--ema"), "--ema: choose it when exporting"),
         ((exported, exported.parent / "new", "--step", "7"), "was exported from step 1"),
     ):
         assert run_export(monkeypatch, *arguments) == 78
@@ -84,12 +86,8 @@ def test_t2v_needs_nothing_of_tangoflux(copied, tmp_path, monkeypatch):  # noqa:
     shutil.rmtree(copied / "tangoflux")
     change(copied / "run/config/run.json", task="t2v")
     change(copied / "run/config/model.json", task="t2v", audio=None)
-    tag = copied / "run/checkpoints/step00000001"
     config = AVFullDiTConfig.from_dict(export.read_run_file(copied / "run/config/model.json"))
-    weights = tag / "mp_rank_00_model_states.pt"
-    torch.save({"module": AVFullDiT(config).state_dict()}, weights)
-    change(tag / "manifest.json",
-           files={weights.name: {"bytes": weights.stat().st_size, "sha256": ""}})
+    write_weights(copied / "run", 1, AVFullDiT(config).state_dict())
     arguments = ["--video-prompt", "x", "--num-steps", "1", "--out", tmp_path / "clips"]
     assert call(monkeypatch, copied / "run", *arguments) == 0
     assert (tmp_path / "clips/prompt.mp4").is_file()

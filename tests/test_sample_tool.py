@@ -11,7 +11,7 @@ from data.schema import load_metadata
 from model import AVFullDiT
 from tests import prepared, tiny, towers
 from tools import sample
-from training.checkpoint import tag_of
+from training.checkpoint import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,7 @@ def trained(tmp_path_factory):
     for name, values in (("run", run), ("data", dataclasses.asdict(metadata)),
                          ("model", dataclasses.asdict(config))):
         (root / "run" / "config" / f"{name}.json").write_text(json.dumps(values))
-    tag = root / "run" / "checkpoints" / tag_of(1)
-    tag.mkdir(parents=True)
-    weights = tag / "mp_rank_00_model_states.pt"
-    torch.save({"module": AVFullDiT(config).state_dict()}, weights)
-    files = {weights.name: {"bytes": weights.stat().st_size, "sha256": ""}}
-    (tag / "manifest.json").write_text(json.dumps({"step": 1, "world_size": 1, "files": files}))
+    write_weights(root / "run", 1, AVFullDiT(config).state_dict())
     return root
 
 
@@ -97,7 +92,7 @@ def zeroed(path):
         ("run/config/run.json", cut_short),
         ("run/config/data.json", zeroed),
         ("run/config/model.json", cut_short),
-        ("run/checkpoints/step00000001/mp_rank_00_model_states.pt", zeroed),
+        ("run/checkpoints/step00000001/weight-00000.safetensors", zeroed),
         ("run/checkpoints/step00000001/manifest.json", cut_short),
         ("wan/vae/diffusion_pytorch_model.safetensors", cut_short),
         ("wan/tokenizer/tokenizer.json", cut_short),
@@ -113,10 +108,7 @@ def test_damage_is_one_clear_line(copied, monkeypatch, capsys, name, damage):
 
 
 def test_weights_of_another_model_are_one_clear_line(copied, monkeypatch, capsys):
-    weights = copied / "run/checkpoints/step00000001/mp_rank_00_model_states.pt"
-    torch.save({"module": {}}, weights)
-    manifest = weights.parent / "manifest.json"
-    change(manifest, files={weights.name: {"bytes": weights.stat().st_size, "sha256": ""}})
+    write_weights(copied / "run", 1, {"some.weight": torch.zeros(3)})
     line = refused(monkeypatch, capsys, copied / "run", "--video-prompt", "x")
     assert "Missing key" in line and len(line) < 1000
 

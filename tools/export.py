@@ -46,7 +46,8 @@ def read_setting(values: Any, path: Path, *keys: str) -> Any:
 
 
 def load_model(
-    run: Path, step: int | None, attention: str, dtype: torch.dtype, device: torch.device
+    run: Path, step: int | None, attention: str, dtype: torch.dtype, device: torch.device,
+    ema: bool = False,
 ) -> tuple[int, AVFullDiT]:
     """(step, model) of a run directory's checkpoint, the newest by default, or of an exported
     folder, which holds one step only.
@@ -57,6 +58,8 @@ def load_model(
         held = read_setting(read_run_file(run / "export.json"), run / "export.json", "step")
         if step not in (None, held):
             raise CheckpointError(f"step={step}: {run} was exported from step {held}; leave it out")
+        if ema:
+            raise CheckpointError(f"--ema: choose it when exporting; {run} holds what was exported")
         with one_line_errors(CheckpointError, str(run), "export it again"):
             return held, AVFullDiT.from_pretrained(
                 run, attention=attention, dtype=dtype, device=device
@@ -65,17 +68,17 @@ def load_model(
     with one_line_errors(ConfigError, str(config), RESTORE), torch.device("meta"):
         model = AVFullDiT(AVFullDiTConfig.from_dict(read_run_file(config)), attention=attention)
     with one_line_errors(CheckpointError, f"{run}/checkpoints", RESTORE):
-        step, weights = read_weights(run, step)
+        step, weights = read_weights(run, step, ema)
         model.load_state_dict(weights, assign=True)  # built without storage: no second copy
     return step, model.to(device, dtype)
 
 
-def export(run: Path, folder: Path, step: int | None, layout: str) -> int:
+def export(run: Path, folder: Path, step: int | None, layout: str, ema: bool = False) -> int:
     """Write `folder`, which must not exist or be empty; returns the step of the weights."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"FOLDER={folder}: not empty; give another or delete it")
     files = {name: read_run_file(run / "config" / name) for name in RUN_FILES}
-    step, model = load_model(run, step, "sdpa", torch.float32, torch.device("cpu"))
+    step, model = load_model(run, step, "sdpa", torch.float32, torch.device("cpu"), ema)
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "released":
         export_wan(model.state_dict(), model.config, folder / "wan")
@@ -94,7 +97,7 @@ def export(run: Path, folder: Path, step: int | None, layout: str) -> int:
     (folder / "config").mkdir()
     for name, values in files.items():
         (folder / "config" / name).write_text(json.dumps(values, indent=1) + "\n")
-    (folder / "export.json").write_text(json.dumps({"step": step}) + "\n")
+    (folder / "export.json").write_text(json.dumps({"step": step, "ema": ema}) + "\n")
     model.save_pretrained(folder)
     return step
 
@@ -104,6 +107,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="run directory of train.py")
     parser.add_argument("folder", type=Path, help="to write; new or empty")
     parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights (ema_decay)")
     parser.add_argument("--layout", choices=("avfulldit", "released"), default="avfulldit")
     return parser.parse_args(arguments)
 
@@ -111,7 +115,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments(None)
     try:
-        step = export(arguments.run, arguments.folder, arguments.step, arguments.layout)
+        step = export(arguments.run, arguments.folder, arguments.step, arguments.layout,
+                      arguments.ema)
     except (ConfigError, CheckpointError, PretrainedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 78

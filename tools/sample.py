@@ -27,8 +27,9 @@ from model.files import one_line_errors
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
 from tools.export import load_model, read_run_file, read_setting
-from training.checkpoint import CheckpointError, tag_of
+from training.checkpoint import CheckpointError
 from training.config import ConfigError, parse_config
+from training.tags import tag_of
 
 
 class Prompt(NamedTuple):
@@ -96,7 +97,9 @@ class Sampler:
     DataError (the backbones that the run names).
     """
 
-    def __init__(self, run_dir: Path, step: int | None, device: torch.device) -> None:
+    def __init__(
+        self, run_dir: Path, step: int | None, device: torch.device, ema: bool = False
+    ) -> None:
         config = run_dir / "config"
         run, where = read_run_file(config / "run.json"), config / "run.json"
         data = read_run_file(config / "data.json")
@@ -108,7 +111,7 @@ class Sampler:
         self.audio_t = partial(shifted_audio_t, flow) if shifted else None
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         attention = read_setting(run, where, "attention")
-        self.step, self.model = load_model(run_dir, step, attention, dtype, device)
+        self.step, self.model = load_model(run_dir, step, attention, dtype, device, ema)
         self.model.eval()
         self.kernel = self.model.attention_kernel  # the run's own choice, or an error
         wan, length = read_setting(run, where, "wan"), self.metadata.video_text_length
@@ -174,6 +177,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--video-prompt", help="one prompt from the command line")
     parser.add_argument("--audio-prompt", default="")
     parser.add_argument("--step", type=int, help="checkpoint; default: the newest")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights (ema_decay)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-steps", type=int, default=50)
     parser.add_argument("--guidance-video", type=float, default=5.0)
@@ -195,11 +199,11 @@ def run(arguments: argparse.Namespace) -> None:
         read_prompts(arguments.prompts, arguments.split, arguments.count) if arguments.prompts
         else [Prompt("prompt", arguments.video_prompt, arguments.audio_prompt)]
     )
-    sampler = Sampler(
-        arguments.run, arguments.step, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sampler = Sampler(arguments.run, arguments.step, device, arguments.ema)
     print(f"step {sampler.step} on {sampler.device}, attention {sampler.kernel}", flush=True)
-    out = arguments.out or arguments.run / "samples" / tag_of(sampler.step)
+    name = tag_of(sampler.step) + ("_ema" if arguments.ema else "")
+    out = arguments.out or arguments.run / "samples" / name
     out.mkdir(parents=True, exist_ok=True)
     negative = sampler.encode(arguments.negative_video, arguments.negative_audio)
     data = sampler.metadata

@@ -1,264 +1,246 @@
-"""Checkpoints that are either whole or absent, found again by the same command.
+"""Checkpoints that are either whole or absent, found again by the same command on any world size.
 
-DeepSpeed writes shards in place and names `latest` before the other ranks have finished; a disk
-that fills on one rank leaves `latest` on a broken tag. Here every file is written aside, synced,
-hashed and renamed; all ranks agree that it worked; a manifest is written last, and only a tag with
-a manifest whose files have the right sizes counts.
+    RUN/checkpoints/step00001000/{weight,exp_avg,exp_avg_sq,ema}-RANK.safetensors, manifest.json
+    RUN/checkpoints/latest      name of the newest, for people; a resume does not trust it
 
-    RUN/checkpoints/step00001000/{*_model_states.pt, *_optim_states.pt, manifest.json}
+DeepSpeed's own checkpoints are not used. They name `latest` before all ranks have finished, load
+a flipped bit silently, belong to one world size and ZeRO stage, and their universal form gives
+every parameter group the first one's settings and has no room for an EMA: each is shown in
+tests/test_library_checkpoint.py. Here every rank writes the fp32 slices that it holds, all ranks
+agree that it worked, and a manifest with every file's sha256 is written last: without it, a tag
+does not count. Learning rate, weight decay and betas are the configuration's, never the file's.
 """
 
-import contextlib
-import hashlib
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from training.distributed import World, barrier, broadcast_object
-from training.run_dir import CheckpointError, write_json
-
-MANIFEST = "manifest.json"
-# All that DeepSpeed's files need beyond tensors; fragment_address in stages 1 and 2 only.
-SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
-CLIENT_KEY = "avfulldit"  # DeepSpeed sets engine attributes from bare client_state keys
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class AtomicStorage(CheckpointEngine):
-    """DeepSpeed's storage engine: write aside, sync, hash, rename; remember an error, not raise.
-
-    Raising on one rank would leave the others waiting in a barrier, so the error is collected by
-    `save_checkpoint` after DeepSpeed is through.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name = "atomic"
-        self.files: dict[str, tuple[int, str]] = {}
-        self.error: str | None = None
-
-    def create(self, info: Any) -> None:
-        self.files, self.error = {}, None
-
-    def save(self, state_dict: Any, path: str) -> None:  # DeepSpeed passes these by keyword
-        if self.error:
-            return
-        aside = path + ".tmp"
-        try:
-            with open(aside, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-            digest = _sha256(aside)
-            os.replace(aside, path)
-            self.files[os.path.basename(path)] = (os.path.getsize(path), digest)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.error = f"{path}: {error}"
-            with contextlib.suppress(OSError):
-                os.remove(aside)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    def commit(self, info: Any) -> bool:
-        return self.error is None
-
-
-def tag_of(step: int) -> str:
-    return f"step{step:08d}"
+from training.distributed import World, broadcast_object, gather_objects
+from training.ema import EMA
+from training.manifest import Manifest, read_manifest, write_manifest
+from training.run_dir import CheckpointError, write_text
+from training.shards import (
+    MOMENTS,
+    Piece,
+    Shard,
+    create_moments,
+    find_shards,
+    parameter_shapes,
+    publish_weights,
+    read_moments,
+    updates_done,
+)
+from training.storage import Slice, SliceReader, write_slices
+from training.tags import (
+    Found,
+    Retention,
+    complete_tags,
+    prune,
+    remove,
+    set_aside,
+    tag_of,
+    wrong_hash,
+)
 
 
 def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int, state: dict, keep: int,
-    world: World,
+    engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int, run: dict, retention: Retention,
+    world: World, ema: EMA | None = None,
 ) -> Path:
-    """Write one checkpoint on all ranks and drop the oldest beyond `keep`.
+    """Write one checkpoint on all ranks, after an optimiser step; drop those not retained.
 
+    Args:
+        run: what `training.resume.describe_run` says, and where the loader is.
     Raises:
         CheckpointError: on every rank when any rank failed; the broken tag is removed.
     """
-    root, tag = run_dir / "checkpoints", tag_of(step)
-    if world.is_main and (root / tag).exists():  # left by a killed save, or a step done again
-        _remove(root / tag)
-    barrier(world)
-    storage = engine.checkpoint_engine = AtomicStorage()
-    engine.save_checkpoint(
-        str(root), tag=tag, client_state={CLIENT_KEY: state}, save_latest=False
-    )
-    results: list[Any] = [None] * world.world_size
-    if world.world_size > 1:
-        dist.all_gather_object(results, (storage.files, storage.error))
-    else:
-        results = [(storage.files, storage.error)]
-    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
+    assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "half a step is lost"
+    tag, shards = run_dir / "checkpoints" / tag_of(step), find_shards(engine)
+    kinds = _kinds(engine, shards, ema)
+    sizes = gather_objects(4 * len(kinds) * sum(
+        piece.length for shard in shards for piece in shard.owned(world)), world)
+    problem = _prepare(tag, sum(sizes), len(kinds) * world.world_size) if world.is_main else None
+    _settle(problem, tag, world)
+    files, problem = [], None
+    try:
+        for kind, flats in kinds.items():
+            slices = [
+                Slice(piece.name, piece.begin, flat.narrow(0, piece.start, piece.length))
+                for shard, flat in zip(shards, flats, strict=True) for piece in shard.owned(world)
+            ]
+            files.append(write_slices(tag / f"{kind}-{world.rank:05d}.safetensors", slices))
+    except OSError as error:
+        problem = f"rank {world.rank}: {error}"
+    results = gather_objects((files, problem), world)
+    problem = next((told for _, told in results if told), None)
+    if world.is_main and not problem:
+        manifest = Manifest(
+            step=step, world_size=world.world_size, updates=updates_done(engine, shards),
+            skipped_steps=engine.skipped_steps, parameters=parameter_shapes(engine),
+            kinds=list(kinds), groups=_settings(engine),
+            files={file.name: (file.bytes, file.sha256) for part, _ in results for file in part},
+            run=run,
+        )
+        problem = _commit(tag, manifest)
+    _settle(problem, tag, world)
     if world.is_main:
-        if errors:
-            _remove(root / tag)
-        else:
-            files = {name: entry for part, _ in results for name, entry in part.items()}
-            write_json(root / tag / MANIFEST, {
-                "step": step,
-                "world_size": world.world_size,
-                "files": {name: {"bytes": size, "sha256": sha}
-                          for name, (size, sha) in sorted(files.items())},
-                **state,
-            })
-            for old in complete_tags(run_dir)[:-keep]:
-                _remove(old)
-    barrier(world)
-    if errors:
-        raise CheckpointError(
-            f"checkpoint {tag} was not written and has been removed ({'; '.join(errors)}); "
-            "the one before it is intact"
-        )
-    return root / tag
-
-
-def _remove(tag: Path) -> None:
-    """Manifest first: a half-deleted tag must not count as a checkpoint."""
-    (tag / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(tag)
-
-
-def complete_tags(run_dir: Path) -> list[Path]:
-    """Tags with a manifest and all files in their right sizes, oldest first."""
-    found = []
-    for manifest in sorted((run_dir / "checkpoints").glob(f"step*/{MANIFEST}")):
-        files = json.loads(manifest.read_text())["files"]
-        sizes = {name: manifest.parent / name for name in files}
-        if all(path.is_file() and path.stat().st_size == files[name]["bytes"]
-               for name, path in sizes.items()):
-            found.append(manifest.parent)
-    return found
-
-
-def find_checkpoint(run_dir: Path, world: World) -> Path | None:
-    """The newest complete tag, the same on every rank; None for a fresh start.
-
-    Raises:
-        CheckpointError: finished tags exist but none is whole, or another world size wrote it.
-    """
-    tags = complete_tags(run_dir) if world.is_main else []
-    broken = world.is_main and not tags and any(run_dir.glob(f"checkpoints/step*/{MANIFEST}"))
-    tag, broken = broadcast_object((tags[-1] if tags else None, broken), world)
-    if broken:
-        raise CheckpointError(
-            f"{run_dir}/checkpoints holds checkpoints but none is complete: move them away to "
-            "start afresh"
-        )
-    if tag is None:  # a tag without a manifest was never finished: a kill in the first save
-        return None
-    wrote = read_manifest(tag)["world_size"]
-    if wrote != world.world_size:
-        raise CheckpointError(
-            f"checkpoint {tag} was written by {wrote} ranks and {world.world_size} run now: "
-            "resume with the same number of ranks"
-        )
+        prune(run_dir, retention)
     return tag
 
 
-def check_same_model(tag: Path, model: dict, defaults: dict) -> None:
-    """Refuse to resume another model, before anything is built.
+def _kinds(
+    engine: deepspeed.DeepSpeedEngine, shards: list[Shard], ema: EMA | None
+) -> dict[str, list[torch.Tensor]]:
+    """Kind -> its flat tensors, one per shard: all that is saved."""
+    kinds = {"weight": [shard.flat for shard in shards]}
+    moments = [read_moments(engine, shard) for shard in shards]
+    if all(moments):  # none before the first update
+        kinds |= {key: [held[key] for held in moments] for key in MOMENTS}
+    return kinds | ({"ema": ema.flats} if ema else {})
 
-    A key younger than the checkpoint had the value that is its default now.
+
+def _settings(engine: deepspeed.DeepSpeedEngine) -> list[dict[str, Any]]:
+    """The parameter groups' hyper-parameters, for the record."""
+    keys = ("name", "lr", "weight_decay", "betas", "eps")
+    return [{key: group.get(key) for key in keys} for group in engine.optimizer.param_groups]
+
+
+def _prepare(tag: Path, size: int, count: int) -> str | None:
+    """An empty folder with room for it, or what is wrong."""
+    try:
+        if tag.exists():  # left by a killed save, or a step done again
+            remove(tag)
+        tag.mkdir(parents=True)
+        disk = os.statvfs(tag)
+    except OSError as error:
+        return str(error)
+    free, files_free = disk.f_bavail * disk.f_frsize, disk.f_favail
+    if free < 1.02 * size + 2**20 or (disk.f_files and files_free < count + 2):
+        return (f"it needs {size / 1e9:.3f} GB and {count} files in {tag.parent}, where "
+                f"{free / 1e9:.3f} GB and {files_free} files are free; delete something, or "
+                "lower keep_checkpoints")
+    return None
+
+
+def _commit(tag: Path, manifest: Manifest) -> str | None:
+    """Manifest last, then `latest`; or what is wrong."""
+    for name, (size, _) in manifest.files.items():
+        path = tag / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is not seen by rank 0: run_dir must be on a disk all nodes share"
+    try:
+        write_manifest(tag, manifest)
+        write_text(tag.parent / "latest", tag.name + "\n")
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _settle(problem: str | None, tag: Path, world: World) -> None:
+    """What rank 0 knows to be wrong, raised on every rank after the tag is gone."""
+    if world.is_main and problem:
+        remove(tag)
+    problem = broadcast_object(problem, world)
+    if problem:
+        raise CheckpointError(f"checkpoint {tag.name} was not written and has been removed "
+                              f"({problem}); the ones before it are as they were")
+
+
+def load_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, found: Found, world: World, ema: EMA | None = None
+) -> None:
+    """Fill the engine, on any world size and ZeRO stage; `ema` too, from the weights if it is new.
+
+    Raises:
+        CheckpointError: on every rank, when it holds another model or cannot be read.
     """
-    now = json.loads(json.dumps(model))
-    saved = json.loads(json.dumps(defaults)) | read_manifest(tag)["model"]
-    for key in sorted(now):
-        if saved.get(key) != now[key]:
+    manifest, problem = found.manifest, None
+    try:
+        _check_shapes(manifest, parameter_shapes(engine))
+        readers = {kind: SliceReader(_files(found.tag, manifest, kind)) for kind in manifest.kinds}
+        for index, shard in enumerate(find_shards(engine)):
+            _fill(readers["weight"], shard.pieces, shard.flat)
+            if manifest.updates:
+                for key, flat in create_moments(engine, shard, manifest.updates).items():
+                    _fill(readers[key], shard.pieces, flat)
+            if ema:
+                _fill(readers["ema" if "ema" in readers else "weight"], shard.pieces,
+                      ema.flats[index])
+    except CheckpointError as error:
+        problem = str(error)
+    for told in gather_objects(problem, world):
+        if told:
+            raise CheckpointError(told)
+    publish_weights(engine)
+    if world.is_main:
+        for tag in found.damaged:
+            set_aside(tag)
+    engine.global_steps, engine.skipped_steps = manifest.step, manifest.skipped_steps
+    engine.global_samples = manifest.step * engine.train_batch_size()
+    engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()
+
+
+def _fill(reader: SliceReader, pieces: list[Piece], flat: torch.Tensor) -> None:
+    for piece in pieces:
+        reader.read(piece.name, piece.begin, flat.narrow(0, piece.start, piece.length))
+
+
+def _files(tag: Path, manifest: Manifest, kind: str) -> list[Path]:
+    return [tag / name for name in manifest.files if name.startswith(f"{kind}-")]
+
+
+def _check_shapes(manifest: Manifest, shapes: dict[str, list[int]]) -> None:
+    for name in sorted(shapes.keys() | manifest.parameters.keys()):
+        if shapes.get(name) != manifest.parameters.get(name):
             raise CheckpointError(
-                f"{tag} was trained with {key}={saved.get(key)}, this run has {key}={now[key]}: "
-                "take the same settings or another run_dir"
+                f"the checkpoint's parameter {name} has shape {manifest.parameters.get(name)}, "
+                f"this model's {shapes.get(name)}: it is of another model"
             )
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, tag: Path, world: World) -> dict:
-    """Verify every file's hash, load on all ranks, return the saved state."""
-    _verify(tag, read_manifest(tag), world)
-    engine.checkpoint_engine = AtomicStorage()
-    path, client = engine.load_checkpoint(str(tag.parent), tag=tag.name)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed loaded nothing from {tag}")
-    return client[CLIENT_KEY]
-
-
-def _verify(tag: Path, manifest: dict, world: World) -> None:
-    """torch does not check its files: a flipped bit would load silently. Ranks share the work."""
-    bad = [name for index, (name, entry) in enumerate(manifest["files"].items())
-           if index % world.world_size == world.rank
-           and _sha256(str(tag / name)) != entry["sha256"]]
-    gathered: list[Any] = [bad]
-    if world.world_size > 1:
-        gathered = [None] * world.world_size
-        dist.all_gather_object(gathered, bad)
-    broken = [name for part in gathered for name in part]
-    if broken:
-        raise CheckpointError(
-            f"{tag / broken[0]} differs from its sha256 in {MANIFEST}: delete {tag} to resume "
-            "from the checkpoint before it"
-        )
-
-
-def read_manifest(tag: Path) -> dict:
-    return json.loads((tag / MANIFEST).read_text())
-
-
-def read_weights(run_dir: str | Path, step: int | None = None) -> tuple[int, dict]:
+def read_weights(
+    run_dir: str | Path, step: int | None = None, ema: bool = False
+) -> tuple[int, dict[str, torch.Tensor]]:
     """(step, fp32 weights by name) of the newest complete or the named checkpoint, no engine.
 
     Raises:
-        CheckpointError: when there is none; names those that exist.
+        CheckpointError: when there is none, naming those that exist, or it is damaged.
     """
-    tags = {read_manifest(tag)["step"]: tag for tag in complete_tags(Path(run_dir))}
+    tags = {int(tag.name[4:]): tag for tag in complete_tags(Path(run_dir))}
     if not tags:
         raise CheckpointError(f"{run_dir}: no complete checkpoint under checkpoints/; train first")
     step = max(tags) if step is None else step
     if step not in tags:
         raise CheckpointError(f"step={step} has no checkpoint; there are {sorted(tags)}")
-    tag = tags[step]
-    names = [str(tag / name) for name in read_manifest(tag)["files"]]
-    storage = AtomicStorage()
-    optimizer_files = sorted(name for name in names if "optim_states" in name)
-    if optimizer_files:
-        if "zero_stage" not in storage.load(optimizer_files[0], "cpu")["optimizer_state_dict"]:
-            return step, _read_bf16_optimizer(tag, optimizer_files, storage)
-        return step, get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
-    states = storage.load(str(tag / "mp_rank_00_model_states.pt"), "cpu")
-    return step, {name: value.float() for name, value in states["module"].items()}
+    tag, kind = tags[step], "ema" if ema else "weight"
+    manifest = read_manifest(tag)
+    if kind not in manifest.kinds:
+        raise CheckpointError(f"{tag} holds no EMA: the run's ema_decay was not set")
+    paths = _files(tag, manifest, kind)
+    problem = wrong_hash(tag, [path.name for path in paths], manifest)
+    if problem:
+        others = sorted(tags.keys() - {step})
+        raise CheckpointError(f"{problem}: restore it from a copy; other steps are {others}")
+    reader, weights = SliceReader(paths), {}
+    for name, shape in manifest.parameters.items():
+        flat = torch.empty(torch.Size(shape).numel())
+        reader.read(name, 0, flat)
+        weights[name] = flat.view(shape)
+    return step, weights
 
 
-def _read_bf16_optimizer(tag: Path, names: list[str], storage: AtomicStorage) -> dict:
-    """fp32 weights of stage 1 with fp32 accumulation, whose format DeepSpeed's reader refuses.
-
-    Each rank holds a flat slice of each parameter group and says which part is whose.
-    """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for name in sorted(names, key=lambda path: int(path.split("pp_rank_")[1].split("_")[0])):
-        state = storage.load(name, "cpu")["optimizer_state_dict"]
-        for flat, owners in zip(
-            state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True
-        ):
-            for parameter, place in owners.items():
-                piece = flat.narrow(0, place.start, place.numel)
-                parts.setdefault(parameter, []).append(piece.detach())
-    shapes = storage.load(str(tag / "mp_rank_00_model_states.pt"), "cpu")["param_shapes"]
-    return {
-        name: torch.cat(parts[name]).view(shape)
-        for group in shapes for name, shape in group.items()
-    }
+def write_weights(run_dir: Path, step: int, weights: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint of weights alone, by one process without an engine."""
+    tag = run_dir / "checkpoints" / tag_of(step)
+    tag.mkdir(parents=True, exist_ok=True)
+    slices = [Slice(name, 0, value.float().flatten()) for name, value in weights.items()]
+    file = write_slices(tag / "weight-00000.safetensors", slices)
+    write_manifest(tag, Manifest(
+        step=step, world_size=1, updates=0, skipped_steps=0, kinds=["weight"], groups=[], run={},
+        parameters={name: list(value.shape) for name, value in weights.items()},
+        files={file.name: (file.bytes, file.sha256)},
+    ))
+    return tag

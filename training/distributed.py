@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 
 class WorldError(ValueError):
@@ -144,6 +142,8 @@ def _free_port(world: World) -> str:
 
 def on_gpu() -> bool:
     """Whether DeepSpeed computes on a GPU: DS_ACCELERATOR=cpu keeps a run off one that is there."""
+    from deepspeed.accelerator import get_accelerator  # slow, and says things: not to tools.status
+
     return get_accelerator().device_name() == "cuda"
 
 
@@ -153,6 +153,8 @@ def start(world: World, timeout_minutes: float) -> None:
     Must run before any model is built: `deepspeed.zero.Init` outside a process group does not
     shard anything, without an error.
     """
+    import deepspeed
+
     export_world(world, os.environ)
     cuda = on_gpu()
     if cuda and world.local_world_size > torch.cuda.device_count():
@@ -185,6 +187,15 @@ def broadcast_object(value: Any, world: World) -> Any:
     box = [value if world.is_main else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's value on every rank, in the order of ranks."""
+    if world.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def barrier(world: World) -> None:

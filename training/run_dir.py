@@ -18,10 +18,14 @@ class CheckpointError(RuntimeError):
 
 
 def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str))
+
+
+def write_text(path: Path, text: str) -> None:
     """Atomic: the file is there whole or not at all, also after a power cut."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False, default=str)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -59,3 +63,21 @@ def lock_run(run_dir: Path, world: World) -> IO[str] | None:
             f"run_dir={run_dir} is being written by {owner}: stop it or choose another run_dir"
         )
     return held
+
+
+def keep_lines_before(path: Path, first_step: int) -> None:
+    """Drop a JSON-lines file's records from `first_step` on: a resumed run does them again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines()
+            if _is_before(line, first_step)]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _is_before(line: str, first_step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < first_step
+    except ValueError:  # the last line of a killed run may be cut
+        return False

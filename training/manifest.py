@@ -1,0 +1,76 @@
+"""A checkpoint's manifest: what the checkpoint is and every file's sha256, in a file that checks
+itself. Written last, it is what makes a folder a checkpoint. Called by training.checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from training.run_dir import CheckpointError, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 2  # 1 held DeepSpeed's own files
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a checkpoint but its tensors."""
+
+    step: int
+    world_size: int  # that wrote it; any other may read it
+    updates: int  # of the optimiser: steps less the skipped ones
+    skipped_steps: int
+    parameters: dict[str, list[int]]  # name -> shape
+    kinds: list[str]  # weight, exp_avg, exp_avg_sq, ema: a file each per rank
+    groups: list[dict[str, Any]]  # the optimiser's settings, for the record
+    files: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
+    run: dict[str, Any]  # training.resume.describe_run, and where the loader is
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"file {name!r} is not inside the checkpoint")
+        if "weight" not in self.kinds or (self.updates and "exp_avg" not in self.kinds):
+            raise ValueError(f"kinds={self.kinds} are not enough")
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(tag: Path, manifest: Manifest) -> None:
+    values = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
+    write_json(tag / MANIFEST, {**values, "sha256": _digest(values)})
+
+
+def read_manifest(tag: Path) -> Manifest:
+    """Checked to the last digit.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    path = tag / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not of format {FORMAT}: go on with the version of the code that wrote it"
+        )
+    if values.pop("sha256", None) != _digest(values):
+        raise CheckpointError(f"{path} differs from its own sha256")
+    del values["format"]
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path}: {first['loc']}: {first['msg']}") from error

@@ -1,0 +1,185 @@
+"""This rank's fp32 training state, whatever keeps it: which elements of which parameter lie where.
+
+DeepSpeed keeps the fp32 weights and Adam's moments in flat buffers whose layout depends on the
+ZeRO stage, the precision and the world size. `find_shards` tells all of them in one form, which
+the checkpoint and the EMA work on. These are not public names of DeepSpeed: the version is pinned
+and tests/test_checkpoint.py resumes every kind from every other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from training.config import ConfigError
+from training.distributed import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Piece(NamedTuple):
+    """Elements begin ... begin + length of a flattened parameter, at flat[start:start + length]."""
+
+    name: str
+    begin: int
+    start: int
+    length: int
+
+
+@dataclass
+class Shard:
+    """A flat fp32 buffer of weights, and what is in it (besides padding)."""
+
+    parameter: Tensor  # what the optimiser updates and keeps its state of
+    pieces: list[Piece]
+    replicated: bool = False  # every rank has all of it
+
+    @property
+    def flat(self) -> Tensor:
+        return self.parameter.data.view(-1)
+
+    def owned(self, world: World) -> Iterator[Piece]:
+        """The pieces that this rank saves; of what every rank has, its even share."""
+        for piece in self.pieces:
+            if not self.replicated:
+                yield piece
+                continue
+            share = -(-piece.length // world.world_size)
+            begin = min(world.rank * share, piece.length)
+            end = min(begin + share, piece.length)
+            if begin < end:
+                yield Piece(piece.name, piece.begin + begin, piece.start + begin, end - begin)
+
+
+def find_shards(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
+    """This rank's shards, views of the live buffers.
+
+    Raises:
+        ConfigError: when the engine keeps its state where we cannot read it.
+    """
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    kept = engine.optimizer
+    if isinstance(kept, DeepSpeedZeroOptimizer_Stage3):
+        shards = _stage3(kept, names)
+    elif isinstance(kept, DeepSpeedZeroOptimizer):
+        shards = _fragments(kept.bit16_groups, kept.single_partition_of_fp32_groups, names)
+    elif isinstance(kept, BF16_Optimizer):
+        shards = _fragments(kept.bf16_groups, kept.fp32_groups_flat_partition, names)
+    elif isinstance(kept, torch.optim.Optimizer):  # stage 0: the parameters themselves
+        shards = [
+            Shard(p, [Piece(names[id(p)], 0, 0, p.numel())], replicated=True)
+            for group in kept.param_groups for p in group["params"]
+        ]
+    else:
+        # Stage 0 in 16 bits begins with an optimiser step of its own, which decays the weights.
+        raise ConfigError(f"deepspeed: {type(kept).__name__} (16 bits without ZeRO) cannot be "
+                          "resumed exactly: set zero_optimization.stage to 1, 2 or 3")
+    for shard in shards:
+        size = sum(piece.length for piece in shard.pieces)
+        if shard.flat.dtype != torch.float32 or shard.flat.numel() < size:
+            raise ConfigError(
+                f"deepspeed: optimiser state of type {shard.flat.dtype}, {shard.flat.numel()} of "
+                f"{size} elements in memory, cannot be checkpointed: keep it in fp32, and "
+                "offload_optimizer to cpu, not nvme"
+            )
+    return shards
+
+
+def _stage3(kept: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]) -> list[Shard]:
+    """Every rank has an equal part of every parameter, the last ones padded."""
+    shards = []
+    for flat, group in zip(kept.fp32_partitioned_groups_flat, kept.fp16_groups, strict=True):
+        pieces, start = [], 0
+        for p in group:
+            size = p.partition_numel()
+            begin = kept._get_param_partition_rank(p) * size
+            length = min(size, p.ds_numel - begin)
+            if length > 0:
+                pieces.append(Piece(names[id(p)], begin, start, length))
+            start += size
+        shards.append(Shard(flat, pieces))
+    return shards
+
+
+def _fragments(
+    groups: list[list[Any]], flats: list[Tensor], names: dict[int, str]
+) -> list[Shard]:
+    """Every rank has an equal part of every group's parameters, laid end to end."""
+    shards = []
+    for flat, group in zip(flats, groups, strict=True):
+        pieces = []
+        for p in group:
+            if p._hp_mapping is not None:  # some of it is this rank's
+                inside, place = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                pieces.append(Piece(names[id(p)], inside.start, place.start, place.numel))
+        shards.append(Shard(flat, pieces))
+    return shards
+
+
+def parameter_shapes(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[int]]:
+    """Name -> shape before sharding, of all parameters.
+
+    Raises:
+        ConfigError: for one that is not trained, which no shard has.
+    """
+    shapes = {}
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            raise ConfigError(f"parameter {name} is frozen: a checkpoint would not hold it")
+        shapes[name] = list(getattr(p, "ds_shape", p.shape))
+    return shapes
+
+
+def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """AdamW itself, without DeepSpeed's wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def read_moments(engine: deepspeed.DeepSpeedEngine, shard: Shard) -> dict[str, Tensor]:
+    """Adam's moments of a shard, flat; empty before the first update."""
+    state = base_optimizer(engine).state.get(shard.parameter, {})
+    return {key: state[key].view(-1) for key in MOMENTS if key in state}
+
+
+def updates_done(engine: deepspeed.DeepSpeedEngine, shards: list[Shard]) -> int:
+    """Adam's own count of updates, which skipped steps do not advance."""
+    states = base_optimizer(engine).state
+    counts = {int(states[shard.parameter]["step"]) if shard.parameter in states
+              and "step" in states[shard.parameter] else 0 for shard in shards}
+    assert len(counts) == 1, f"shards with different numbers of updates: {counts}"
+    return counts.pop()
+
+
+def create_moments(
+    engine: deepspeed.DeepSpeedEngine, shard: Shard, updates: int
+) -> dict[str, Tensor]:
+    """As after `updates` updates, the moments zero, to be filled."""
+    adam, device = base_optimizer(engine), shard.parameter.device
+    step: Any = updates
+    if not isinstance(adam, DeepSpeedCPUAdam):  # where torch.optim.AdamW keeps it
+        fused = adam.defaults.get("fused")
+        step = torch.tensor(float(updates), device=device if fused else "cpu")
+    adam.state[shard.parameter] = {
+        "step": step, **{key: torch.zeros_like(shard.parameter.data) for key in MOMENTS},
+    }
+    return read_moments(engine, shard)
+
+
+@torch.no_grad()
+def publish_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make the model compute with what the fp32 weights are now (a collective)."""
+    kept = engine.optimizer
+    if isinstance(kept, DeepSpeedZeroOptimizer_Stage3):
+        kept.checkpoint_event_prologue()
+        for index in range(len(kept.fp16_groups)):
+            kept._reassign_or_swap_out_partitioned_parameters(index)
+        kept.checkpoint_event_epilogue()  # parameters that every rank holds whole
+    elif isinstance(kept, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        kept.update_lp_params()
