@@ -9,10 +9,10 @@ disturbed. tests/test_prepare_kills.py does the same with three kills.
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,13 +24,17 @@ from streaming.base.hashing import get_hash
 from data.cut import CutSpec
 from data.mux import write_clip
 from data.prepare import Encoders, prepare
+from data.prepare.__main__ import main as prepare_main
 from data.schema import HASH
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+# Workers are real processes that run the command's own main; only the imports, of a short run by
+# far the longest part, are done once, in the server that they are forked from.
+PROCESSES = multiprocessing.get_context("forkserver")
 SPEC = CutSpec(frames=9, height=32, width=64, sample_rate=tiny.SAMPLE_RATE, hop=tiny.HOP)
 FLAGS = ["--frames", "9", "--height", "32", "--width", "64", "--video-text-length", "40"]
 CLIPS_PER_SHARD = 4
+Process = multiprocessing.context.ForkServerProcess
 TEXT_LENGTH = 40
 
 
@@ -55,7 +59,7 @@ def write_source(root: Path, clips: int) -> Path:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """File -> sha256 of everything below `root`; the checkout's commit may move in between."""
+    """File -> sha256 of everything below `root`; the commit may move in between."""
     found = {}
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         data = path.read_bytes()
@@ -94,20 +98,17 @@ def disturbed_run(
     done, began = 0, time.monotonic()
     while done < kills:
         processes = _start(command, workers)
-        # Most of a short run is imports: half of the kills wait until a worker reports.
-        if chance.random() < 0.8:
+        if chance.random() < 0.8:  # the others may meet a worker that still loads its encoders
             _wait_for_report(partial, processes)
-            delay = chance.uniform(0, 1.0)
-        else:
-            delay = chance.uniform(0, 6.0)
+        delay = chance.uniform(0, 1.0)
         time.sleep(delay)
         for worker, process in enumerate(processes):
             time.sleep(chance.uniform(0, 0.2))
-            alive = process.poll() is None
+            alive = process.is_alive()
             if alive:
                 os.kill(process.pid, signal.SIGKILL)
                 done += 1
-            process.wait()
+            process.join()
             print(
                 f"{time.monotonic() - began:6.1f} s  kill -9 of worker {worker} "
                 f"{'after' if alive else 'came too late:'} {delay:.2f} s", flush=True,
@@ -117,28 +118,41 @@ def disturbed_run(
         left = len([path for path in partial.glob(".*-0*") if path.is_dir()])
         print(f"          {len(receipts)} shards whole; {left} left open, by all kills", flush=True)
     for process in _start(command, workers):
-        assert process.wait() == 0
+        process.join()
+        assert process.exitcode == 0
     return done
 
 
-def _start(command: list[str], workers: int) -> list[subprocess.Popen]:
-    return [
-        subprocess.Popen(
-            [*command, "--worker", str(worker), "--workers", str(workers)], cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+def _start(command: list[str], workers: int) -> list[Process]:
+    PROCESSES.set_forkserver_preload(["tests.prepare_kills"])
+    started = [
+        PROCESSES.Process(
+            target=_work, args=([*command, "--worker", str(worker), "--workers", str(workers)],)
         )
         for worker in range(workers)
     ]
+    for process in started:
+        process.start()
+    return started
 
 
-def _wait_for_report(partial: Path, processes: list[subprocess.Popen]) -> None:
+def _work(arguments: list[str]) -> None:
+    """`python -m data.prepare`, in silence."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    torch.set_num_threads(1)
+    sys.exit(prepare_main(arguments))
+
+
+def _wait_for_report(partial: Path, processes: list[Process]) -> None:
     """Until one of these processes has reported; AssertionError if one ends before that."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for path in partial.glob("workers/[0-9]*.json"):
             if json.loads(path.read_text())["pid"] in {process.pid for process in processes}:
                 return
-        assert any(process.poll() is None for process in processes), "it ended before it began"
+        assert any(process.is_alive() for process in processes), "it ended before it began"
         time.sleep(0.02)
 
 
@@ -149,7 +163,7 @@ def run(work: Path, kills: int, clips: int, workers: int, seed: int) -> tuple[Pa
     manifest = write_source(work, clips)
     encoders = Encoders.load(str(wan), str(tangoflux), "cpu", TEXT_LENGTH)
     prepare(manifest, work / "calm", encoders, SPEC, shard_clips=CLIPS_PER_SHARD)
-    command = [sys.executable, "-m", "data.prepare", str(manifest), str(work / "killed")]
+    command = [str(manifest), str(work / "killed")]
     command += ["--wan", str(wan), "--tangoflux", str(tangoflux), "--device", "cpu", *FLAGS]
     command += ["--clips-per-shard", str(CLIPS_PER_SHARD)]
     done = disturbed_run(command, work / "killed", kills, workers, seed)
