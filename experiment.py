@@ -82,6 +82,9 @@ class Plan(NamedTuple):
 
 def build_plan(config: RunConfig, world: World) -> Plan:
     """Read and check every file the run names except the weights, in seconds, on any machine."""
+    if not config.check and config.world_size not in (None, world.world_size):
+        raise ConfigError(f"world_size={config.world_size}, but {world.world_size} ranks run: "
+                          "remove the key, or start that many")
     streams = check_data(config.data, config.global_batch_size)
     notes = check_provenance({stream.place: stream.metadata for stream in streams}, config.wan,
                              config.tangoflux if config.task == "t2av" else None)

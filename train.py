@@ -11,131 +11,47 @@ rank or world size, and a t2v run meets the video noise of its t2av twin.
 """
 
 import dataclasses
-import math
+import faulthandler
 import os
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
 from data.dataset import HeldOut, build_loader
-from data.provenance import check_provenance
 from data.schema import Batch, DataError
-from data.sources import DataConfig, Opened, check_data
-from model import AVFullDiT, AVFullDiTConfig, JointConfig
-from model.attention import Attention
-from model.flow import FlowConfig
+from experiment import Plan, RunConfig, build_plan, report, report_weights
+from model import AVFullDiT, AVFullDiTConfig
+from model.from_files import weight_fingerprints
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
-from model.pretrained import (
-    PretrainedError,
-    check_weights,
-    load_pretrained,
-    new_parameter_names,
-    read_tower_configs,
-)
+from model.pretrained import PretrainedError, load_pretrained, new_parameter_names
 from model.selfcheck import check_stitch, describe
 from training import engine as ds
-from training.checkpoint import check_same_model, find_checkpoint, load_checkpoint, save_checkpoint
+from training.card import write_start
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import ConfigError, load_config
-from training.distributed import World, WorldError, resolve_world, shutdown, start, sum_over_ranks
-from training.metrics import Clock, MetricWriter, format_seconds, peak_memory_gib
+from training.distributed import (
+    World,
+    WorldError,
+    broadcast_object,
+    resolve_world,
+    shutdown,
+    start,
+    sum_over_ranks,
+)
+from training.ema import EMA
+from training.guard import EXIT_CODE as BAD_NUMBERS
+from training.guard import BadNumbersError, Drawn
+from training.metrics import Clock, MetricWriter, format_seconds
+from training.resume import check_resume, describe_run
 from training.run_dir import CheckpointError, lock_run
+from training.safety import Agreed, Safety
+from training.tags import Retention, find_checkpoint
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One experiment; every key of the YAML. The engine's knobs are in the `deepspeed` JSON."""
-
-    run_dir: str
-    wan: str  # diffusers-layout folder or hub id
-    tangoflux: str  # TangoFlux's own files, folder or hub id
-    data: DataConfig
-    task: Literal["t2av", "t2v"] = "t2av"
-    seed: int = 0
-    model: JointConfig = field(default_factory=JointConfig)  # the ablations
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    optimizer: ds.OptimizerConfig = field(default_factory=ds.OptimizerConfig)
-    warmup_steps: int = 100  # linear, then constant
-    gradient_clipping: float = 1.0
-    global_batch_size: int = 8
-    max_steps: int = 7500
-    deepspeed: str = "ds_configs/zero2.json"
-    recompute: Literal["none", "full"] = "none"
-    attention: str = "auto"
-    self_check: bool = True  # at the first start: the stitched model contains both backbones
-    check: Literal["none", "weights"] = "none"  # weights: report on the downloads and stop
-    log_every: int = 1
-    validate_every: int = 500
-    validation_samples: int | None = None  # None: the whole held-out split
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    timeout_minutes: float = 30.0  # of a collective
-
-    def __post_init__(self) -> None:
-        for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every",
-                    "validation_samples"):
-            if (getattr(self, key) or 1) < 1 or getattr(self, key) == 0:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("warmup_steps", "gradient_clipping", "timeout_minutes"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
-        if self.keep_checkpoints < 2:  # the newest may be the one that is being written
-            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
-
-
-def build_model_config(config: RunConfig, stream: Opened) -> AVFullDiTConfig:
-    """Tower shapes from the backbones' own files, rates from the shards, the rest from the YAML."""
-    metadata, sound = stream.metadata, config.task == "t2av"  # t2v needs nothing of TangoFlux
-    video, audio = read_tower_configs(config.wan, config.tangoflux if sound else None)
-    widths = [("video latents", metadata.video_latent_shape[0], video.in_channels),
-              ("video text states", metadata.video_text_width, video.text_dim)]
-    if audio:
-        widths += [("audio latents", metadata.audio_latent_shape[1], audio.in_channels),
-                   ("audio text states", metadata.audio_text_width, audio.joint_attention_dim)]
-    for what, stored, taken in widths:
-        if stored != taken:
-            raise ConfigError(
-                f"data.root={stream.place} holds {what} of width {stored}, but the backbones "
-                f"(wan={config.wan}, tangoflux={config.tangoflux}) take {taken}: prepare the data "
-                "with the encoders of the same folders"
-            )
-    try:
-        Attention(config.attention)
-        return AVFullDiTConfig(
-            task=config.task,
-            video=video,
-            audio=audio,
-            **dataclasses.asdict(config.model),
-            fps=metadata.fps,
-            video_temporal_stride=metadata.video_temporal_stride,
-            sample_rate=metadata.sample_rate,
-            audio_hop=metadata.audio_hop,
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
-
-
-class Plan(NamedTuple):
-    """All that is known before a process group or a model exists."""
-
-    streams: list[Opened]  # what the model is built from is the same in all of them
-    model: AVFullDiTConfig
-    deepspeed: dict[str, Any]
-    notes: list[str]
-
-
-def build_plan(config: RunConfig, world: World) -> Plan:
-    """Read and check every file the run names except the weights, in seconds, on any machine."""
-    streams = check_data(config.data, config.global_batch_size)
-    notes = check_provenance({stream.place: stream.metadata for stream in streams}, config.wan,
-                             config.tangoflux if config.task == "t2av" else None)
-    ds_config = ds.complete_ds_config(
-        ds.read_ds_config(config.deepspeed), config.global_batch_size, config.gradient_clipping,
-        world.world_size,
-    )
-    return Plan(streams, build_model_config(config, streams[0]), ds_config, notes)
+# One line says it all, the same on every rank: no traceback, no folder of failures.
+EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
+EXIT_SECONDS = 120
 
 
 def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
@@ -152,29 +68,34 @@ def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
 
 
 def train_step(
-    engine: Any, batch: Batch, epoch: int, objective: Objective, empty: dict[str, torch.Tensor],
-    cross_modal_bias: float = 0.0,
-) -> torch.Tensor:
-    """One optimiser update from this rank's share of the global batch.
+    engine: Any, step: int, batch: Batch, epoch: int, objective: Objective,
+    empty: dict[str, torch.Tensor], safety: Safety, cross_modal_bias: float = 0.0,
+) -> Agreed:
+    """Update number `step` from this rank's share of the global batch.
 
-    Returns: (3,) float64 on the device: this rank's video loss and audio loss, summed over
-    samples, and the samples with sound.
+    Returns: over all ranks, video loss and audio loss summed over samples, and samples with sound.
     """
     batch = objective.drop_captions(batch, epoch, empty)
     t = objective.draw_t(batch.sample_ids, epoch)
-    micro = engine.train_micro_batch_size_per_gpu()
-    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    safety.begin_step(step, epoch, batch, t)
+    micro, losses = engine.train_micro_batch_size_per_gpu(), []
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     weight = batch.audio_weight.to(engine.device)
     for begin in range(0, len(batch.sample_ids), micro):
         part = slice(begin, begin + micro)
         noised = objective.noise(batch.part(part), t[part], epoch, engine.device)
-        video, audio = objective.losses(engine, noised, cross_modal_bias)
+        with safety.straggler.forward():
+            video, audio = objective.losses(engine, noised, cross_modal_bias)
         # Equal micro-batches: the mean of their means is the mean over the global batch, and the
         # weights make it one over its samples with sound.
-        engine.backward(objective.total(video.mean(), (audio * weight[part]).mean()))
+        loss = objective.total(video.mean(), (audio * weight[part]).mean())
+        last = begin + micro >= len(batch.sample_ids)
+        engine.backward(safety.guard.screen(loss, last))
         engine.step()
-        totals += summed(video, audio, noised.has_audio)
-    return totals
+        sums += summed(video, audio, noised.has_audio)
+        losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
+    drawn = Drawn(step, epoch, batch.sample_ids, t, torch.cat(losses))
+    return safety.after_step(sums, drawn, engine.was_step_applied())
 
 
 def summed(*losses: torch.Tensor) -> torch.Tensor:
@@ -183,8 +104,8 @@ def summed(*losses: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(
-    engine: Any, held_out: HeldOut, objective: Objective, samples: int | None, world: World,
-    step: int,
+    engine: Any, held_out: HeldOut, objective: Objective, config: RunConfig, world: World,
+    safety: Safety, step: int,
 ) -> dict[str, float]:
     """Held-out loss per modality on a fixed (sample, t, noise) grid: the same in t2av and t2v.
 
@@ -193,18 +114,29 @@ def validate(
     engine.eval()
     micro = engine.train_micro_batch_size_per_gpu()
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    for batch, kept in held_out.shares(samples, micro, world.rank, world.world_size, step):
+    shares = (config.validation_samples, micro, world.rank, world.world_size, step)
+    for batch, kept in held_out.shares(*shares):
+        safety.watchdog.enter("validation")  # its budget is for one batch
         real = kept.to(engine.device)
         for value in VALIDATION_T:
             t = torch.full((len(kept),), value)
             noised = objective.noise(batch, t, VALIDATION_EPOCH, engine.device)
             video, audio = objective.losses(engine, noised)
-            sums += summed(video * real, audio * real, real, noised.has_audio & real)
+            sums += summed(video * real, audio * real, noised.has_audio & real, real)
     engine.train()
-    video_sum, audio_sum, count, heard = sum_over_ranks(sums).tolist()
-    means = [video_sum / count, audio_sum / max(heard, 1)]
-    tags = ["loss_video", "loss_audio"] if objective.task == "t2av" else ["loss_video"]
-    return {f"validation/{tag}": mean for tag, mean in zip(tags, means, strict=False)}
+    *totals, count = sum_over_ranks(sums).tolist()
+    return loss_values("validation", totals, count, objective)
+
+
+def loss_values(
+    prefix: str, sums: list[float], count: float, objective: Objective
+) -> dict[str, float]:
+    """Mean losses from the sums of video and audio loss over `count` samples, and of sound."""
+    video_sum, audio_sum, heard = sums
+    values = {"loss_video": video_sum / count}
+    if objective.task == "t2av":
+        values["loss_audio"] = audio_sum / max(heard, 1)
+    return {f"{prefix}/{tag}": value for tag, value in values.items()}
 
 
 def warmup(step: int, config: RunConfig) -> float:
@@ -212,36 +144,24 @@ def warmup(step: int, config: RunConfig) -> float:
     return min(1.0, (step + 1) / max(config.warmup_steps, 1))
 
 
-def step_values(
-    step: int, losses: list[float], engine: Any, config: RunConfig, objective: Objective
-) -> dict[str, float]:
-    """What is logged of a step: losses, mean over the log period and all ranks, and its update."""
-    if not all(math.isfinite(loss) for loss in losses):
-        raise FloatingPointError(
-            f"loss is not finite at step {step} (video, audio = {losses}): lower optimizer.lr or "
-            f"look at the batch; the last checkpoint is in {config.run_dir}/checkpoints"
-        )
-    tags = ["loss_video", "loss_audio"] if config.task == "t2av" else ["loss_video"]
-    values = {"train/loss": objective.total(*losses)}
-    values |= {f"train/{tag}": loss for tag, loss in zip(tags, losses, strict=False)}
-    norm = engine.get_global_grad_norm()  # None in stage 0 with fp32, where DeepSpeed keeps none
-    if norm is not None:
-        values["train/grad_norm"] = float(norm)
-    return values | {
-        "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
-        "train/samples_seen": float(step * config.global_batch_size),
-        "memory/peak_gib": peak_memory_gib(engine.device),
-    }
-
-
 def run(config: RunConfig, plan: Plan, world: World) -> None:
+    """One start of the run, with its guards around it."""
+    lock = lock_run(Path(config.run_dir), world)
+    with Safety(dataclasses.asdict(config), config.watchdog, world, EXPECTED) as safety:
+        train(config, plan, world, safety)
+    if lock:
+        lock.close()
+
+
+def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     """Build, resume, then go through the steps; maintenance comes before the step."""
     run_dir = Path(config.run_dir)
-    lock = lock_run(run_dir, world)
-    tag = find_checkpoint(run_dir, world)
-    if tag:
-        check_same_model(tag, dataclasses.asdict(plan.model), dataclasses.asdict(AVFullDiTConfig()))
-    fresh = tag is None
+    about = describe_run(dataclasses.asdict(config), plan.deepspeed, dataclasses.asdict(plan.model),
+                         {stream.label: stream.version for stream in plan.streams})
+    found, notes = find_checkpoint(run_dir, world), plan.notes
+    if found:
+        notes = notes + check_resume(found, about, dataclasses.asdict(AVFullDiTConfig()))
+    fresh, first = found is None, found.manifest.step if found else 0
     model = build_model(config, plan, fresh)
     engine, rates = ds.build_engine(
         model, new_parameter_names(model), config.optimizer, plan.deepspeed
@@ -250,69 +170,92 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
         model.attend.resolve(engine.device, next(engine.parameters()).dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    first = load_checkpoint(engine, tag, world)["step"] if tag else 0
+    ema = EMA(engine, config.ema_decay) if config.ema_decay else None
+    if found:
+        load_checkpoint(engine, found, world, ema)
+    judged = found.manifest.run.get("guard") if found else None
+    safety.attend(config.guard, first + 1 if first else 0, judged, engine.device)
     ledger = run_dir / "substitutions.jsonl" if world.is_main else None
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
-        ledger,
+        ledger, safety.straggler.waited,
     )
     held_out, empty = HeldOut(config.data, ledger), plan.streams[0].text_states
     objective = Objective(config.task, config.seed, config.flow)
     writer = MetricWriter(run_dir if world.is_main else None, first + 1 if first else 0)
+    validated = broadcast_object(writer.validated(first), world)
     if world.is_main:
+        write_start(run_dir, world, safety.straggler.hosts, first, seed=config.seed,
+                    resumed_from=found and found.tag, data=about["fingerprints"],
+                    weights=weight_fingerprints(config.task, config.wan, config.tangoflux))
         writer.record({"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
                        "data": dataclasses.asdict(plan.streams[0].metadata),
                        "model": dataclasses.asdict(plan.model)})
-        new = new_parameter_names(model)
-        added = (p for name, p in model.named_parameters() if name in new)
         writer.say(
-            f"{config.task}: {ds.count_parameters(model.parameters()):,} parameters, "
-            f"{ds.count_parameters(added):,} of them new; attention {model.attention_kernel}; "
-            f"recompute {config.recompute}\n{ds.describe_batch(plan.deepspeed, world)}\n"
+            f"{config.task}: {ds.describe_size(model, new_parameter_names(model))}; "
+            f"attention {model.attention_kernel}; recompute {config.recompute}\n"
+            f"{ds.describe_batch(plan.deepspeed, world)}\n"
             + (f"resuming at step {first}" if first else "starting from the pretrained backbones")
-            + "".join(f"\nnote: {note}" for note in plan.notes)
+            + "".join(f"\nnote: {note}" for note in notes)
         )
     if fresh and config.self_check:
-        found = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
-        writer.say(f"stitch self-check: deviation from the backbones {describe(found)}")
+        stitched = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
+        writer.say(f"stitch self-check: deviation from the backbones {describe(stitched)}")
 
-    step, clock, began = first, Clock(), Clock()
-    sums, counted = torch.zeros(3, dtype=torch.float64, device=engine.device), 0
+    step, epoch, clock, began = first, 0, Clock(), Clock()
+    sums, counted = [0.0] * 3, 0
     while True:
-        done = step >= config.max_steps
-        fresh_step = step > first or step == 0  # a resumed run has this step's record already
-        if fresh_step and (step % config.validate_every == 0 or done):
-            values = validate(engine, held_out, objective, config.validation_samples, world, step)
-            writer.scalars(step, values)
-            writer.say(f"step {step}/{config.max_steps}  held-out  " + "  ".join(
-                f"{tag.split('/')[1][5:]} {value:.4f}" for tag, value in values.items()))
+        done = step >= config.max_steps or safety.stop is not None
+        wanted = step % config.validate_every == 0 or step == config.max_steps
+        if wanted and safety.stop is None and (step > first or not validated):
+            with safety.phase("validation"):
+                values = validate(engine, held_out, objective, config, world, safety, step)
+                if ema:
+                    with ema.swapped_in():
+                        again = validate(engine, held_out, objective, config, world, safety, step)
+                    values |= {f"{tag}_ema": value for tag, value in again.items()}
+            writer.held_out(step, config.max_steps, values)
             clock.restart()
-        if step > first and (step % config.save_every == 0 or done):
-            state = {"step": step, "model": dataclasses.asdict(plan.model)}
-            path = save_checkpoint(engine, run_dir, step, state, config.keep_checkpoints, world)
-            writer.say(f"step {step}/{config.max_steps}  checkpoint {path}")
+        if step > first and (step % config.save_every == 0 or done or safety.save):
+            state = {"loader": {"epoch": epoch, "samples_seen": step * config.global_batch_size},
+                     "guard": safety.guard.state()}
+            retention = Retention(config.keep_checkpoints, config.keep_every)
+            with safety.phase("checkpoint"):
+                tag = save_checkpoint(engine, run_dir, step, about | state, retention, world, ema)
+            safety.saved(tag)
+            writer.say(f"step {step}/{config.max_steps}  checkpoint {tag}")
             clock.restart()
         if done:
             break
         ds.set_learning_rate(engine, rates, warmup(step, config))
-        epoch, batch = next(loader)
+        with safety.phase("data"):
+            epoch, batch = next(loader)
         bias = config.model.cross_modal_bias(step)
-        sums += train_step(engine, batch, epoch, objective, empty, bias)
-        step, counted = step + 1, counted + 1
-        if step % config.log_every == 0 or step == config.max_steps:
-            video_sum, audio_sum, heard = sum_over_ranks(sums).tolist()
-            losses = [video_sum / (counted * config.global_batch_size), audio_sum / max(heard, 1)]
-            values = step_values(step, losses, engine, config, objective)
-            writer.step(step, config.max_steps, values, clock.tick(counted), clock)
-            sums, counted = torch.zeros_like(sums), 0
-    writer.say(f"done: step {step} after {format_seconds(began.tick())}; run directory {run_dir}")
+        step += 1
+        agreed = train_step(engine, step, batch, epoch, objective, empty, safety, bias)
+        if agreed.applied:
+            sums = [old + new for old, new in zip(sums, agreed.sums, strict=True)]
+            counted += 1
+            if ema:
+                ema.update()
+        if agreed.said:
+            writer.say(agreed.said)
+        if counted and (step % config.log_every == 0 or step == config.max_steps):
+            shares, slowest = safety.straggler.compare(counted)
+            values = loss_values("train", sums, counted * config.global_batch_size, objective)
+            heard = values.get("train/loss_audio", 0.0)
+            values["train/loss"] = objective.total(values["train/loss_video"], heard)
+            values |= ds.step_values(engine, step * config.global_batch_size) | shares
+            writer.step(step, config.max_steps, values, clock.tick(counted), clock, slowest)
+            sums, counted = [0.0] * 3, 0
+    writer.say(f"{safety.finish(step)} after {format_seconds(began.tick())}; "
+               f"run directory {run_dir}")
     writer.close()
-    if lock:
-        lock.close()
+    loader.close()  # its processes would keep a job step alive
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 when trained to the end, 78 for a configuration that cannot run."""
+    """Exit status: training.status tells what each means."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
     if not arguments or "=" in arguments[0]:
         print(__doc__)
@@ -322,23 +265,23 @@ def main(arguments: list[str]) -> int:
         world = resolve_world(os.environ)
         config = load_config(RunConfig, arguments[0], arguments[1:])
         if config.check == "weights":
-            from model.encoder_headers import check_encoders  # slow, and no run needs it
-
-            fits, report = check_weights(config.task, config.model, config.wan, config.tangoflux)
-            fit, lines = check_encoders(config.task, config.wan, config.tangoflux)
-            print("\n".join([report, *lines]))
-            return 0 if fits and fit else 78
+            return report_weights(config)
         plan = build_plan(config, world)
+        if config.check:
+            report(config, plan, arguments)
+            return 0
         start(world, config.timeout_minutes)
         started = True
         run(config, plan, world)
-    except (ConfigError, WorldError, DataError, CheckpointError, PretrainedError) as error:
+    except EXPECTED as error:
         # What every rank finds is said once per node; what one rank meets later, by that rank.
         if started or os.environ.get("LOCAL_RANK", "0") == "0":
             where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
-        return 78
+        return BAD_NUMBERS if isinstance(error, BadNumbersError) else 78
     finally:
+        if started:  # a peer that is gone must not keep this rank
+            faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
         shutdown()
     return 0
 

@@ -9,7 +9,10 @@ a ledger tells. Called by train.py.
 import functools
 import json
 import multiprocessing
+import signal
+import time
 from collections.abc import Callable, Generator, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,14 +77,16 @@ def build_loader(
     seed: int,
     first_step: int = 0,
     ledger: Path | None = None,
-) -> Iterator[tuple[int, Batch]]:
+    waited: Callable[[float], None] | None = None,
+) -> Generator[tuple[int, Batch], None, None]:
     """(epoch, Batch) for ever, from `first_step` on: this rank's samples of each global batch.
 
     `audio_weight` is scaled over the global batch: the mean of weight * loss over its samples is
     the mean loss over those with sound, however they are spread over ranks and micro-batches.
-    ``ledger`` is the file for substitutions, None on all ranks but one. Every rank must take every
-    batch. DataError, before anything is read, if a split is missing or smaller than one global
-    batch or the global batch cannot be divided.
+    ``ledger`` is the file for substitutions, None on all ranks but one; ``waited`` is told the
+    seconds that each batch took on this rank alone. Every rank must take every batch. DataError,
+    before anything is read, if a split is missing or smaller than one global batch or the global
+    batch cannot be divided.
     """
     opened = open_streams(config)
     for key, value in {
@@ -113,7 +118,7 @@ def build_loader(
     book = Ledger(config, config.train_split, ledger)
     book.forget(first_step)
     batches = _local_batches(dataset, [stream.metadata for stream in opened], first_step)
-    return _agreed(batches, dataset, book, first_step)
+    return _agreed(batches, dataset, book, first_step, waited)
 
 
 def _agreed(
@@ -121,11 +126,15 @@ def _agreed(
     dataset: ShardDataset,
     ledger: Ledger,
     step: int,
-) -> Iterator[tuple[int, Batch]]:
+    waited: Callable[[float], None] | None,
+) -> Generator[tuple[int, Batch], None, None]:
     """This rank's batches, each after all ranks have theirs: or all of them raise."""
     try:
         while True:
+            began = time.perf_counter()
             epoch, batch, told = _together(functools.partial(next, batches))
+            if waited is not None:
+                waited(time.perf_counter() - began)
             told, heard = agree(None, told, int(batch.has_audio.sum()))
             ledger.enter(step, told, dataset.num_samples)
             scale = dataset.order.global_batch_size / max(heard, 1)
@@ -162,6 +171,7 @@ def _local_batches(
     context = multiprocessing.get_context("forkserver") if config.num_workers else None
     if context:
         context.set_forkserver_preload(["__main__", "data.dataset"])
+        _start_deaf_server()
     loader = StreamingDataLoader(
         dataset,
         batch_size=dataset.batch_size,
@@ -170,6 +180,7 @@ def _local_batches(
         timeout=config.timeout_seconds if config.num_workers else 0,
         persistent_workers=config.num_workers > 0,
         multiprocessing_context=context,
+        worker_init_fn=_ignore_stop_signals if config.num_workers else None,
     )
     epoch, seen = locate(first_step, steps)
     try:
@@ -189,6 +200,23 @@ def _local_batches(
             loader._iterator._shutdown_workers()
         if hasattr(dataset, "_iterator"):
             dataset._iterator.non_blocking_exit()  # the threads of this process
+
+
+def _ignore_stop_signals(worker: int = 0) -> None:
+    """Slurm signals every process of a job; whether to stop is for the rank to say."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _start_deaf_server() -> None:
+    """The workers' parent, and Python's resource tracker, inherit that they ignore signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    _ignore_stop_signals()
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _collate(

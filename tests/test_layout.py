@@ -8,10 +8,11 @@ import pytest
 from training.config import read_yaml
 
 ROOT = Path(__file__).parents[1]
-OURS = {"model", "data", "training", "tools", "train"}
+OURS = {"model", "data", "training", "tools", "experiment", "train"}
 SOURCES = sorted(
-    [ROOT / "train.py", *(path for part in ("model", "data", "training", "tools")
-                          for path in (ROOT / part).rglob("*.py"))]
+    [ROOT / "train.py", ROOT / "experiment.py",
+     *(path for part in ("model", "data", "training", "tools")
+       for path in (ROOT / part).rglob("*.py"))]
 )
 ENCODERS = ("model/encoders.py", "model/encoder_headers.py")
 # Where a heavy library may be imported; everything else stays free of it.

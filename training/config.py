@@ -57,14 +57,18 @@ def read_yaml(path: str | Path) -> dict:
 
     A t2v twin is its t2av file plus `task: t2v`: the two cannot drift apart.
     """
-    path = Path(path)
+    values, base = read_yaml_file(Path(path))
+    return values if base is None else overlay(read_yaml(Path(path).parent / base), values)
+
+
+def read_yaml_file(path: Path) -> tuple[dict, str | None]:
+    """One file's own keys, and its base."""
     if not path.is_file():
         raise ConfigError(f"config={path}: no such file; the shipped ones are in configs/")
     values = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    base = values.pop("base", None)
-    return values if base is None else overlay(read_yaml(path.parent / base), values)
+    return values, values.pop("base", None)
 
 
 def overlay(base: dict, top: dict) -> dict:
@@ -124,6 +128,9 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
+    if typing.get_origin(cls) is list and isinstance(values, list):
+        for index, value in enumerate(values):
+            _check_keys(typing.get_args(cls)[0], value, where, f"{prefix}{index}.")
     owner = _dataclass_of(cls)
     if owner is None or not isinstance(values, dict):
         return

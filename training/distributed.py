@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.build_lock import remove_dead_locks
+
 
 class WorldError(ValueError):
     """The launcher's environment variables contradict each other or are incomplete."""
@@ -156,6 +158,8 @@ def start(world: World, timeout_minutes: float) -> None:
     import deepspeed
 
     export_world(world, os.environ)
+    if world.local_rank == 0:
+        remove_dead_locks(os.environ, several_nodes=world.world_size > world.local_world_size)
     cuda = on_gpu()
     if cuda and world.local_world_size > torch.cuda.device_count():
         raise WorldError(

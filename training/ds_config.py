@@ -184,7 +184,7 @@ def _model_fields(model: type[BaseModel]) -> dict[str, Any]:
 def _ask_deepspeed(values: dict[str, Any]) -> None:
     """DeepSpeed's own checks, as one line. Batch keys are ours: outside a job its world is 1."""
     try:
-        DeepSpeedConfig(values | {"train_batch_size": values["train_micro_batch_size_per_gpu"]})
+        DeepSpeedConfig(dict(values))
     except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
         errors = getattr(error, "errors", None)  # pydantic's; its text is a page
         text = str(error)

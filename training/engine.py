@@ -1,17 +1,13 @@
-"""The DeepSpeed engine: its JSON checked and completed, the model sharded, filled and wrapped.
+"""The DeepSpeed engine: the model sharded, filled and wrapped, with AdamW.
 
-`ds_configs/*.json` own ZeRO, precision, micro batch and communication and stay valid for DeepSpeed
-unchanged; the experiment's YAML owns batch, optimiser and clipping. DeepSpeed accepts an unknown
-top-level key silently (a typo in `zero_optimization` trains at stage 0), so keys are checked here.
+Its JSON is training.ds_config's.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,30 +15,10 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
-from training.config import ConfigError, nearest
 from training.distributed import World, on_gpu
-
-# Read from DeepSpeedConfig of 0.19.8; a test fails when an upgrade changes what it reads.
-TOP_LEVEL_KEYS = (
-    "activation_checkpointing aio autotuning bf16 checkpoint comms_logger "
-    "communication_data_type compile csv_monitor data_efficiency data_types "
-    "dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state "
-    "expert_parallel flops_profiler fp16 gradient_allreduce_op gradient_predivide_factor "
-    "hybrid_engine log_level managed_gradient_accumulation memory_breakdown pipeline "
-    "prescale_gradients seq_parallel_communication_data_type sequence_parallel_size "
-    "steps_per_print tensor_parallel tensorboard timers torch_autocast "
-    "train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size "
-    "wall_clock_breakdown wandb comet weight_quantization zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
-
-OWNED_BY_YAML = {
-    "train_batch_size": "global_batch_size",
-    "gradient_accumulation_steps": "global_batch_size (accumulation is derived)",
-    "gradient_clipping": "gradient_clipping",
-    "optimizer": "optimizer",
-    "scheduler": "warmup_steps",
-}
+from training.ds_config import zero_stage
+from training.metrics import peak_memory_gib
+from training.shards import find_shards
 
 
 @dataclass(frozen=True)
@@ -63,75 +39,6 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={self.betas} must be within [0, 1)")
-
-
-def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The engine's JSON with its keys checked.
-
-    Raises:
-        ConfigError: missing file, broken JSON, a key given twice, unknown, or owned by the YAML.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"deepspeed={path}: no such file; the shipped ones are in ds_configs/")
-    try:
-        values = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    for key in values:
-        if key in OWNED_BY_YAML:
-            raise ConfigError(
-                f"{path}: key '{key}' belongs to the experiment: remove it and set "
-                f"{OWNED_BY_YAML[key]} in the YAML"
-            )
-        if key not in TOP_LEVEL_KEYS:
-            raise ConfigError(f"{path}: unknown key '{key}'; {nearest(key, TOP_LEVEL_KEYS)}")
-    micro = values.get("train_micro_batch_size_per_gpu")
-    if not isinstance(micro, int) or micro < 1:
-        raise ConfigError(
-            f"{path}: train_micro_batch_size_per_gpu={micro!r} must be a whole number from 1"
-        )
-    return values
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"key '{key}' is given twice in the DeepSpeed JSON; keep one")
-    return dict(pairs)
-
-
-def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """global = micro x accumulation x world, or an error that names the nearest that fit."""
-    unit = micro_batch * world_size
-    if global_batch < 1 or global_batch % unit:
-        lower = global_batch // unit * unit
-        fits = f"{lower} or {lower + unit}" if lower else str(unit)
-        raise ConfigError(
-            f"global_batch_size={global_batch} is not divisible by micro batch {micro_batch} x "
-            f"world size {world_size} = {unit}; use {fits}, or another micro batch in the JSON"
-        )
-    return global_batch // unit
-
-
-def complete_ds_config(
-    values: dict[str, Any], global_batch: int, gradient_clipping: float, world_size: int
-) -> dict[str, Any]:
-    """What DeepSpeed gets: the JSON plus what the YAML owns and what is unsafe by default."""
-    micro = values["train_micro_batch_size_per_gpu"]
-    quiet = {"steps_per_print": 10**9, "log_level": "warning"}
-    return quiet | values | {
-        "train_batch_size": global_batch,
-        "gradient_accumulation_steps": accumulation_steps(global_batch, micro, world_size),
-        "gradient_clipping": gradient_clipping,
-        # Ranks that write checkpoints under different tags would corrupt each other.
-        "checkpoint": {"tag_validation": "Fail"} | values.get("checkpoint", {}),
-    }
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def build_sharded(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
@@ -175,6 +82,13 @@ def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(torch.Size(full_shape(parameter)).numel() for parameter in parameters)
 
 
+def describe_size(model: nn.Module, new_names: set[str]) -> str:
+    """Parameters of a model in words."""
+    added = (parameter for name, parameter in model.named_parameters() if name in new_names)
+    return (f"{count_parameters(model.parameters()):,} parameters, "
+            f"{count_parameters(added):,} of them new")
+
+
 def parameter_groups(
     model: nn.Module, new_names: set[str], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
@@ -195,6 +109,24 @@ def parameter_groups(
     ]
 
 
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that leaves the weights alone when a gradient is not finite, as ZeRO's wrappers do.
+
+    For stage 0, where DeepSpeed wraps nothing and a NaN would reach the weights. Gradients are
+    reduced by then: every rank sees the same. DeepSpeed reads `overflow` and counts the skip.
+    """
+
+    overflow = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]
+                     if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.overflow = not bool(norms.isfinite().all())
+        if not self.overflow:
+            super().step(closure)
+
+
 def build_engine(
     model: nn.Module, new_names: set[str], optimizer: OptimizerConfig, ds_config: dict[str, Any]
 ) -> tuple[deepspeed.DeepSpeedEngine, list[float]]:
@@ -213,8 +145,10 @@ def build_engine(
     if offload in ("cpu", "nvme"):
         adam = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
-        adam = torch.optim.AdamW(groups, fused=on_gpu(), **settings)
+        kind = torch.optim.AdamW if zero_stage(ds_config) else SkippingAdamW
+        adam = kind(groups, fused=on_gpu(), **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config)
+    find_shards(engine)  # refuses, before the first step, what no checkpoint could hold
     return engine, base_rates
 
 
@@ -224,3 +158,16 @@ def set_learning_rate(
     """lr = base x factor in every group: a pure function of the step, so resume needs no state."""
     for group, base in zip(engine.optimizer.param_groups, base_rates, strict=True):
         group["lr"] = base * factor
+
+
+def step_values(engine: deepspeed.DeepSpeedEngine, samples_seen: int) -> dict[str, float]:
+    """What is logged of an update besides its losses."""
+    values = {
+        "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
+        "train/samples_seen": float(samples_seen),
+        "memory/peak_gib": peak_memory_gib(engine.device),
+    }
+    norm = engine.get_global_grad_norm()  # None in stage 0 with fp32, where DeepSpeed keeps none
+    if norm is not None and math.isfinite(norm):
+        values["train/grad_norm"] = float(norm)
+    return values

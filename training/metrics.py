@@ -7,7 +7,6 @@ TensorBoard is drawn from the same numbers. Only rank 0 writes.
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from training.run_dir import write_json
+from training.run_dir import keep_lines_before, write_json
 
 
 class MetricWriter:
@@ -33,12 +32,7 @@ class MetricWriter:
         if run_dir is None:
             return
         self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines()
-                    if _is_before(line, first_step)]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(line + "\n" for line in kept))
-            os.replace(aside, self.path)
+        keep_lines_before(self.path, first_step)
         self.tensorboard = SummaryWriter(str(run_dir / "tb"), purge_step=first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -51,7 +45,8 @@ class MetricWriter:
             self.tensorboard.add_scalar(tag, value, step)
 
     def step(
-        self, step: int, max_steps: int, values: dict[str, float], seconds: float, clock: "Clock"
+        self, step: int, max_steps: int, values: dict[str, float], seconds: float, clock: "Clock",
+        ranks: str = "",
     ) -> None:
         """One training step: its scalars, and its line on the console."""
         self.scalars(step, values | {"time/step_seconds": seconds})
@@ -60,8 +55,21 @@ class MetricWriter:
         self.say(
             f"step {step}/{max_steps}  loss {values['train/loss']:.4f}  {losses}  "
             f"grad {values.get('train/grad_norm', math.nan):.3f}  lr {values['train/lr']:.2e}  "
-            f"{seconds:.2f} s/step  eta {clock.eta(max_steps - step)}"
+            f"{seconds:.2f} s/step  eta {clock.eta(max_steps - step)}  {ranks}".rstrip()
         )
+
+    def held_out(self, step: int, max_steps: int, values: dict[str, float]) -> None:
+        """Held-out losses: a record of their own, and a line."""
+        self.scalars(step, values)
+        losses = "  ".join(f"{tag.split('/')[1][5:]} {value:.4f}" for tag, value in values.items())
+        self.say(f"step {step}/{max_steps}  held-out  {losses}")
+
+    def validated(self, step: int) -> bool:
+        """Whether a step's held-out losses are on record; rank 0 alone knows."""
+        if self.run_dir is None or not self.path.exists():
+            return False
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return any(json.loads(line)["step"] == step for line in lines if '"validation/' in line)
 
     def say(self, message: str) -> None:
         """A line for people; flushed, because jobs write to files."""
@@ -81,13 +89,6 @@ class MetricWriter:
     def close(self) -> None:
         if self.run_dir is not None:
             self.tensorboard.close()
-
-
-def _is_before(line: str, first_step: int) -> bool:
-    try:
-        return json.loads(line)["step"] < first_step
-    except ValueError:  # the last line of a killed run may be cut
-        return False
 
 
 class Clock:

@@ -1,0 +1,109 @@
+"""Tiny worlds and real ranks for the tests of what goes wrong (see tests/fault_worker.py)."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.launch import ROOT, environment, torchrun
+from tests.prepared import write_shards
+from tests.tiny import write_tangoflux, write_wan
+
+FP32 = {"train_micro_batch_size_per_gpu": 4}
+BF16 = FP32 | {"bf16": {"enabled": True}}
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+ENGINES = {
+    **{f"fp32_zero{stage}": FP32 | {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)},
+    "fp32_zero3": FP32 | {"zero_optimization": ZERO3},
+    **{f"bf16_zero{stage}": BF16 | {"zero_optimization": {"stage": stage}} for stage in (1, 2)},
+    "bf16_zero3": BF16 | {"zero_optimization": ZERO3},
+}
+
+
+def write_world(root: Path) -> Path:
+    """Backbones, shards, every engine, and run.yaml: 8 steps of 8 samples, saved every 3."""
+    write_wan(root / "wan")
+    write_tangoflux(root / "tangoflux")
+    write_shards(root / "shards", train=20, validation=2)
+    for name, values in ENGINES.items():
+        (root / f"{name}.json").write_text(json.dumps(values))
+    (root / "run.yaml").write_text(f"""
+run_dir: {root}/runs/default
+wan: {root}/wan
+tangoflux: {root}/tangoflux
+model: {{num_joint_blocks: 2}}
+data: {{root: {root}/shards, num_workers: 0}}
+optimizer: {{lr: 1.0e-3}}
+warmup_steps: 1
+global_batch_size: 8
+max_steps: 8
+validate_every: 1000
+validation_samples: 1
+save_every: 3
+self_check: false
+deepspeed: {root}/fp32_zero2.json
+""")
+    return root
+
+
+def start_runs(root: Path, processes: int, runs: dict[str, dict[str, Any]]) -> None:
+    """Several runs in the same ranks: name -> {"overrides": [...], "fault": {...}}."""
+    spec = [{"config": f"{root}/run.yaml", "fault": run.get("fault", {"kind": "none"}),
+             "overrides": [f"run_dir={root}/runs/{name}", *run.get("overrides", [])]}
+            for name, run in runs.items()]
+    path = root / f"spec{processes}.json"
+    path.write_text(json.dumps(spec))
+    torchrun(processes, "tests/fault_worker.py", "--runs", str(path))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Ranks:
+    """Ranks of one train.py, started as srun does: no launcher that could kill the others."""
+
+    def __init__(
+        self, processes: int, arguments: list[str], fault: dict[str, Any] | None = None,
+        **extra: str,
+    ) -> None:
+        port = free_port()
+        self.began = time.monotonic()
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-u", "tests/fault_worker.py", *arguments], cwd=ROOT,
+                env=environment() | {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port, "FAULT": json.dumps(fault or {}),
+                } | extra,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True,  # a signal to the group reaches this rank's children only
+            )
+            for rank in range(processes)
+        ]
+
+    def finish(self, timeout: float = 240) -> tuple[list[int], list[str]]:
+        """(exit codes, outputs) of all ranks; kills what is left at the end of the time."""
+        outputs = []
+        for process in self.processes:
+            try:
+                left = timeout - (time.monotonic() - self.began)
+                outputs.append(process.communicate(timeout=max(left, 1))[0])
+            except subprocess.TimeoutExpired:
+                process.kill()
+                outputs.append(process.communicate()[0])
+        return [process.returncode for process in self.processes], outputs
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

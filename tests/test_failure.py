@@ -1,0 +1,94 @@
+"""training/failure.py: one folder says why a start failed, and the last line says where it is."""
+
+import json
+
+import pytest
+import torch
+
+from data.schema import Batch
+from tests.faults import Ranks, status, write_world
+from training.distributed import World
+from training.failure import Failure, Last, is_out_of_memory
+
+ALONE = World(0, 1, 0, 1, "alone")
+
+
+def batch() -> Batch:
+    one = torch.zeros(2, 3)
+    return Batch(*[one] * 9, sample_ids=["x", "y"])
+
+
+def test_a_crash_is_written_down_with_the_batch_in_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not for a log")
+    with pytest.raises(ZeroDivisionError) as caught, \
+            Failure(tmp_path, {"seed": 5}, ALONE) as failure:
+        failure.last = Last(7, 1, batch(), torch.tensor([0.25, 0.5]))
+        raise ZeroDivisionError("a bug")
+    folder = failure.folder
+    told = json.loads((folder / "rank00000.json").read_text())
+    assert told["reason"] == "ZeroDivisionError: a bug"
+    assert told["last"] == {"step": 7, "epoch": 1, "sample_ids": ["x", "y"], "t": [0.25, 0.5],
+                            "shapes": dict.fromkeys(Batch._fields[:9], [2, 3])}
+    assert told["environment"]["SLURM_JOB_ID"] == "4711"
+    assert told["memory"]["peak_resident_bytes"] > 2**20
+    assert "not for a log" not in "".join(path.read_text() for path in folder.iterdir())
+    assert "ZeroDivisionError" in (folder / "rank00000.stacks.txt").read_text()
+    assert json.loads((folder / "config.json").read_text()) == {"seed": 5}
+    assert failure.read_alarm() == (1, failure.alarm.read_text()[2:])
+    assert str(folder) in caught.value.__notes__[-1]  # Python prints it last
+
+
+def test_what_explains_itself_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyError), Failure(tmp_path, {}, ALONE, expected=(KeyError,)):
+        raise KeyError("one line says it")
+    with Failure(tmp_path, {}, ALONE):
+        pass
+    assert not (tmp_path / "failures").exists()
+
+
+def test_the_first_rank_to_fail_gives_the_alarm(tmp_path):
+    first = Failure(tmp_path, {}, ALONE)
+    second = Failure(tmp_path, {}, World(1, 2, 1, 2, "other"))
+    second.folder = first.folder
+    first.write("the cause", 1)
+    second.write("a consequence", 76)
+    code, words = second.read_alarm()
+    assert code == 1 and "the cause" in words
+    assert len(list(first.folder.glob("rank*.json"))) == 2
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+])
+def test_out_of_memory_is_recognised(error):
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("shape"))
+
+
+def test_a_real_allocation_that_fails_is_one():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("kind", "reason"), [("crash", "a bug of ours"), ("memory", "memory")])
+def test_a_crash_on_one_rank_ends_all_with_one_folder(tmp_path, kind, reason):
+    root = write_world(tmp_path)
+    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run"],
+                  {"kind": kind, "rank": 1, "steps": [5]})
+    codes, outputs = ranks.finish(200)
+    assert codes == [1, 1], outputs
+    (folder,) = (root / "run" / "failures").iterdir()
+    assert {path.name for path in folder.glob("*.stacks.txt")} == {
+        "rank00000.stacks.txt", "rank00001.stacks.txt"}
+    assert reason in json.loads((folder / "rank00001.json").read_text())["reason"]
+    assert "follows rank 1" in json.loads((folder / "rank00000.json").read_text())["reason"]
+    last = outputs[1].strip().splitlines()[-1]
+    assert last.startswith("error: rank 1:") and last.endswith(str(folder))
+    assert ("train_micro_batch_size_per_gpu" in last) == (kind == "memory")
+    # The run goes on from its last checkpoint.
+    codes, outputs = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run"]).finish(200)
+    assert codes == [0, 0] and "resuming at step 3" in outputs[0]
+    assert status(root / "run")["state"] == "done"

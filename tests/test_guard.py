@@ -1,0 +1,161 @@
+"""training/guard.py: no bad number reaches the weights, on any engine; each is told and counted."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.faults import ENGINES, lines, start_runs, status, write_world
+from training.distributed import World
+from training.guard import BadNumbersError, Drawn, Guard, GuardConfig
+
+ALONE = World(0, 1, 0, 1, "alone")
+FAST = ("fp32_zero0", "fp32_zero3", "bf16_zero1", "bf16_zero2")
+BAD = {"nan_loss": 2, "nan_gradient": 4, "inf_loss": 5}  # kind -> its step, on rank 1 only
+
+
+def drawn(step: int) -> Drawn:
+    return Drawn(step, 0, ["a", "b"], torch.tensor([0.1, 0.2]), torch.tensor([[1.0, 2.0]] * 2))
+
+
+def go(guard: Guard, step: int, loss: float) -> tuple[bool, str | None]:
+    """One step of a model of one number: (was it applied?, what was said)."""
+    weight = torch.ones((), requires_grad=True)
+    guard.screen(weight * loss, last=True).backward()
+    applied = bool(weight.grad.isfinite())
+    return applied, guard.judge(loss, applied, drawn(step), None)
+
+
+def noisy(step: int) -> float:
+    return 1.0 + 0.01 * math.sin(step)
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(tmp_path):
+    guard = Guard(GuardConfig(), tmp_path, ALONE, 0)
+    assert go(guard, 1, 1.0) == (True, None)
+    for step, loss in enumerate((math.nan, math.inf, -math.inf), 2):
+        applied, said = go(guard, step, loss)
+        assert not applied and "loss not finite" in said and "SKIPPED" in said
+    told = lines(tmp_path / "skips.jsonl")
+    assert [line["step"] for line in told] == [2, 3, 4]
+    assert told[0]["samples"][0] == {"rank": 0, "id": "a", "t": pytest.approx(0.1),
+                                     "losses": [1.0, 2.0]}
+
+
+def test_it_stops_after_that_many_in_a_row_and_names_the_checkpoint(tmp_path):
+    guard = Guard(GuardConfig(max_skips=3), tmp_path, ALONE, 0)
+    for step in (1, 2):
+        go(guard, step, math.nan)
+    go(guard, 3, 1.0)  # the row is broken
+    for step in (4, 5):
+        go(guard, step, math.nan)
+    guard.screen(torch.tensor(math.nan, requires_grad=True), last=True)
+    with pytest.raises(BadNumbersError, match=r"max_skips=3 .*last good checkpoint: /run/step6"):
+        guard.judge(math.nan, False, drawn(6), "/run/step6")
+
+
+@pytest.mark.parametrize("action", ["log", "skip", "stop"])
+def test_a_spike_is_told_kept_out_or_stops(tmp_path, action):
+    guard = Guard(GuardConfig(spike=action), tmp_path, ALONE, 0)
+    for step in range(1, 101):
+        assert go(guard, step, noisy(step)) == (True, None)
+    if action == "stop":
+        with pytest.raises(BadNumbersError, match="spike"):
+            go(guard, 101, 2.0)
+        return
+    applied, said = go(guard, 101, 2.0)
+    assert applied == (action == "log") and "spike" in said
+    assert go(guard, 102, noisy(102)) == (True, None)
+
+
+def test_nothing_is_called_a_spike_before_there_is_a_history(tmp_path):
+    guard = Guard(GuardConfig(spike="skip"), tmp_path, ALONE, 0)
+    assert all(go(guard, step, loss)[0] for step, loss in enumerate((1.0, 1.0, 50.0, 1.0)))
+
+
+def test_a_resumed_guard_judges_as_the_undisturbed_one(tmp_path):
+    whole = Guard(GuardConfig(spike="skip"), tmp_path / "whole", ALONE, 0)
+    (tmp_path / "whole").mkdir()
+    for step in range(1, 100):
+        go(whole, step, noisy(step))
+    (tmp_path / "resumed").mkdir()
+    state = json.loads(json.dumps(whole.state()))
+    resumed = Guard(GuardConfig(spike="skip"), tmp_path / "resumed", ALONE, 100, state)
+    assert go(resumed, 100, 1.08)[0] is go(whole, 100, 1.08)[0] is False
+    assert resumed.state() == whole.state()
+
+
+def test_records_of_steps_done_again_are_dropped(tmp_path):
+    guard = Guard(GuardConfig(), tmp_path, ALONE, 0)
+    for step in (1, 2, 3):
+        go(guard, step, math.nan)
+    Guard(GuardConfig(), tmp_path, ALONE, 3)
+    assert [line["step"] for line in lines(tmp_path / "skips.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5}])
+def test_bad_settings_are_named(values):
+    with pytest.raises(ValueError, match=f"guard.{next(iter(values))}"):
+        GuardConfig(**values)
+
+
+def run_engines(root, engines):
+    """Per engine: three runs of 6 steps, each with one kind of bad number on rank 1."""
+    runs = {}
+    for name in engines:
+        for kind, step in BAD.items():
+            runs[f"{name}_{kind}"] = {
+                "overrides": [f"deepspeed={root}/{name}.json", "max_steps=6", "save_every=100"],
+                "fault": {"kind": kind, "rank": 1, "steps": [step]},
+            }
+    runs["ends"] = {"overrides": ["guard.max_skips=3"],
+                    "fault": {"kind": "nan_loss", "rank": 1, "steps": list(range(5, 9))}}
+    start_runs(root, 2, runs)
+    return root / "runs"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return run_engines(write_world(tmp_path_factory.mktemp("guard")), FAST)
+
+
+def check_skip(run_dir, kind, step):
+    """Skipped on both ranks at that step and at no other, told, and left out of the numbers."""
+    for rank in (0, 1):
+        digests = [line["digest"] for line in lines(run_dir / f"weights_rank{rank}.jsonl")]
+        still = [index + 1 for index in range(1, 6) if digests[index] == digests[index - 1]]
+        assert still == [step], f"{run_dir.name} rank {rank}"
+    (told,) = lines(run_dir / "skips.jsonl")
+    assert (told["step"], told["applied"], len(told["samples"])) == (step, False, 8)
+    assert told["kind"] == ("gradient not finite" if kind == "nan_gradient" else "loss not finite")
+    broken = [s for s in told["samples"] if any(isinstance(x, str) for x in s["losses"])]
+    assert {s["rank"] for s in broken} == (set() if kind == "nan_gradient" else {1})
+    trained = [line["step"] for line in lines(run_dir / "metrics.jsonl") if "train/loss" in line]
+    assert trained == [s for s in range(1, 7) if s != step]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("name", FAST)
+def test_bad_numbers_on_one_rank_are_skipped_on_all(runs, name, kind):
+    check_skip(runs / f"{name}_{kind}", kind, BAD[kind])
+
+
+@pytest.mark.slow
+def test_the_run_ends_on_every_rank_with_the_last_good_checkpoint(runs):
+    for rank in (0, 1):
+        text = (runs / "ends" / f"error_rank{rank}.txt").read_text()
+        assert "guard.max_skips=3 updates in a row were skipped, the last at step 7" in text
+        assert f"last good checkpoint: {runs}/ends/checkpoints/step00000006" in text
+        assert f"tools.replay {runs}/ends 7" in text
+    assert status(runs / "ends")["state"] == "failed"
+
+
+@pytest.mark.faults
+def test_every_other_engine_skips_too(tmp_path):
+    others = [name for name in ENGINES if name not in FAST]
+    runs = run_engines(write_world(tmp_path), others)
+    for name in others:
+        for kind, step in BAD.items():
+            check_skip(runs / f"{name}_{kind}", kind, step)

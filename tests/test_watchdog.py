@@ -1,0 +1,84 @@
+"""training/watchdog.py: a run that does not move ends within its budget, with everyone's stacks."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.faults import Ranks, write_world
+from tests.launch import ROOT, environment
+from training.watchdog import WatchdogConfig
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from training.distributed import World
+from training.failure import Failure
+from training.watchdog import Watchdog, WatchdogConfig
+world = World(0, 1, 0, 1, "alone")
+def stuck_in_a_read():
+    time.sleep(60)
+failure = Failure(Path(sys.argv[1]), {"seed": 3}, world)
+with Watchdog(WatchdogConfig(data=3, compute=60), failure) as watchdog:
+    for turn in range(4):  # longer than the budget together: every turn has its own
+        watchdog.enter("data")
+        time.sleep(1)
+    watchdog.enter(sys.argv[2])
+    if sys.argv[3] == "hang":
+        stuck_in_a_read()
+print("left in order")
+"""
+
+
+def start(tmp_path, phase, then):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), phase, then], cwd=ROOT,
+                          env=environment(), capture_output=True, text=True, check=False)
+    return done, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_a_phase_over_its_budget_ends_with_76_and_stacks(tmp_path):
+    done, _ = start(tmp_path, "data", "hang")
+    assert done.returncode == 76
+    (folder,) = (tmp_path / "failures").iterdir()
+    assert "stuck_in_a_read" in (folder / "rank00000.stacks.txt").read_text()
+    told = json.loads((folder / "rank00000.json").read_text())
+    assert told["reason"] == "phase 'data' took more than watchdog.data=3 seconds"
+    assert json.loads((folder / "config.json").read_text()) == {"seed": 3}
+    assert str(folder) in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_within_its_budgets_it_does_nothing(tmp_path):
+    done, _ = start(tmp_path, "compute", "leave")
+    assert done.returncode == 0 and "left in order" in done.stdout
+    assert not (tmp_path / "failures").exists()
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_budget_that_cannot_be_is_named(value):
+    with pytest.raises(ValueError, match=f"watchdog.data={value} must be above 0"):
+        WatchdogConfig(data=value)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("kind", "stacks"), [("hang", 2), ("stop", 1)])
+def test_one_stuck_rank_ends_all_with_every_stack_there_is(tmp_path, kind, stacks):
+    """hang: Python sleeps for ever; stop: SIGSTOP, so that not even its watchdog runs."""
+    root = write_world(tmp_path)
+    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "watchdog.compute=8"],
+                  {"kind": kind, "rank": 1, "steps": [3]})
+    codes, outputs = ranks.finish(200)
+    assert codes[0] == 76, outputs[0]
+    assert codes[1] == (76 if kind == "hang" else -9)  # a stopped one is the launcher's to kill
+    (folder,) = (root / "run" / "failures").iterdir()
+    found = {path.name for path in folder.glob("*.stacks.txt")}
+    assert len(found) == stacks
+    if kind == "hang":
+        assert "act" in (folder / "rank00001.stacks.txt").read_text()
+    told = json.loads((folder / "rank00000.json").read_text())
+    assert told["last"]["step"] == 3 and len(told["last"]["sample_ids"]) == 4
+    assert str(folder) in outputs[0].strip().splitlines()[-1]
