@@ -1,0 +1,14 @@
+"""Gradient norms and update ratios per part equal a dense reference in every engine."""
+
+import pytest
+
+from tests.checkpoint_worker import ENGINES
+from tests.launch import torchrun
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_norms_per_part_equal_a_dense_reference(processes):
+    done = torchrun(processes, "tests/health_worker.py")
+    for name in ENGINES:
+        assert f"held {name}\n" in done.stdout

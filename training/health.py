@@ -1,0 +1,147 @@
+"""How each part of the model moves: its gradient norm, and its update against its weights.
+
+DeepSpeed gives one norm for all parameters. Here gradients are read where the ZeRO stage keeps
+them, between the last backward pass and the optimiser's step, and summed by part over the ranks'
+own pieces: nothing is gathered, no gradient is touched. The update is computed from AdamW's own
+state after the step, so that no copy of the weights is needed. Called by train.py.
+"""
+
+from collections.abc import Callable, Iterator
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from training.distributed import World, sum_over_ranks
+from training.engine import OptimizerConfig, parameter_groups
+from training.shards import base_optimizer, find_shards, read_moments, updates_done
+
+
+def group_places(
+    model: nn.Module, new_names: set[str], optimizer: OptimizerConfig
+) -> dict[str, int]:
+    """Parameter name -> its place among the parameter groups that the engine was built with."""
+    places = {id(p): place for place, group in enumerate(
+        parameter_groups(model, new_names, optimizer)) for p in group["params"]}
+    return {name: places[id(p)] for name, p in model.named_parameters() if id(p) in places}
+
+
+class Health:
+    """Norms per part of one engine.
+
+    Args:
+        part_of: parameter name -> part.
+        groups: `group_places` of the model.
+    """
+
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, part_of: Callable[[str], str],
+        groups: dict[str, int], world: World,
+    ) -> None:
+        self.engine, self.groups, self.world = engine, groups, world
+        self.names = {id(p): name for name, p in engine.module.named_parameters()}
+        self.parts = sorted({part_of(name) for name in self.names.values()})
+        self.place = {name: self.parts.index(part_of(name)) for name in self.names.values()}
+
+    @torch.no_grad()
+    def gradient_norms(self) -> dict[str, float]:
+        """Part -> L2 norm of its gradient before clipping; a collective.
+
+        To be called when the last micro-batch's backward is through and before `engine.step`.
+        """
+        names, pieces = [], []
+        for name, piece in self._gradients():
+            if piece.numel():
+                names.append(name)
+                pieces.append(piece)
+        totals = torch.zeros(len(self.parts), dtype=torch.float64, device=self.engine.device)
+        if pieces:
+            norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32))
+            index = torch.tensor([self.place[name] for name in names], device=norms.device)
+            squares = norms.double().square()
+            totals.index_add_(0, index.to(totals.device), squares.to(totals.device))
+        if self._replicated():
+            totals /= self.world.world_size
+        norms_of_all = sum_over_ranks(totals).sqrt().tolist()
+        return dict(zip(self.parts, norms_of_all, strict=True))
+
+    def _replicated(self) -> bool:
+        """Whether every rank holds whole gradients: stage 0."""
+        sharded = DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer
+        return not isinstance(self.engine.optimizer, sharded)
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, this rank's piece of its gradient), without padding."""
+        kept = self.engine.optimizer
+        if isinstance(kept, DeepSpeedZeroOptimizer_Stage3):
+            yield from self._stage3(kept)
+        elif isinstance(kept, BF16_Optimizer):
+            for flat, group in zip(kept.fp32_groups_gradient_flat_partition, kept.bf16_groups,
+                                   strict=True):
+                for p in group:
+                    if p._hp_mapping is not None:
+                        place = p._hp_mapping.hp_fragment_address
+                        yield self.names[id(p)], flat.narrow(0, place.start, place.numel)
+        elif isinstance(kept, DeepSpeedZeroOptimizer):
+            for group in kept.bit16_groups:
+                for p in group:
+                    if p._hp_mapping is not None:  # some of it is this rank's
+                        fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+                        yield self.names[id(p)], fragment.view(-1)
+        else:
+            groups = kept.fp16_groups if isinstance(kept, FP16_UnfusedOptimizer) else [
+                group["params"] for group in kept.param_groups
+            ]
+            yield from ((self.names[id(p)], p.grad) for group in groups for p in group
+                        if p.grad is not None)
+
+    def _stage3(self, kept: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
+        for index, group in enumerate(kept.fp16_groups):
+            if kept.offload_optimizer:  # they went to the host, beside the weights' own place
+                flat, sizes = kept.fp32_partitioned_groups_flat[index].grad, []
+                for p in group:
+                    sizes.append(p.partition_numel())
+                pieces = flat.narrow(0, 0, sum(sizes)).split(sizes)
+            else:
+                pieces = kept.averaged_gradients[index]
+            for p, piece in zip(group, pieces, strict=True):
+                size = p.partition_numel()
+                begin = kept._get_param_partition_rank(p) * size
+                real = max(0, min(size, p.ds_numel - begin))
+                yield self.names[id(p)], piece.view(-1)[:real]
+
+    @torch.no_grad()
+    def update_ratios(self) -> dict[str, float]:
+        """Part -> |last update| / |weights before it|; a collective, after `engine.step`.
+
+        AdamW: w' = (1 - lr wd) w - lr a, a = m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps).
+        """
+        shards = find_shards(self.engine)
+        count = updates_done(self.engine, shards)
+        groups = self.engine.optimizer.param_groups
+        defaults = base_optimizer(self.engine).defaults
+        first, second = (1 - beta**count for beta in defaults["betas"])
+        totals = torch.zeros(len(self.parts), 2, dtype=torch.float64, device=self.engine.device)
+        for shard in shards if count else []:
+            moments, flat = read_moments(self.engine, shard), shard.flat
+            for piece in shard.owned(self.world):
+                part = slice(piece.start, piece.start + piece.length)
+                group = groups[self.groups[piece.name]]
+                lr, decay = group["lr"], group["weight_decay"]
+                deviation = (moments["exp_avg_sq"][part] / second).sqrt_().add_(defaults["eps"])
+                step = (moments["exp_avg"][part] / first).div_(deviation).mul_(lr)
+                before = (flat[part] + step).div_(1 - lr * decay)
+                update = step.add_(before, alpha=lr * decay)
+                row = totals[self.place[piece.name]]
+                row += torch.stack([_square_sum(update), _square_sum(before)]).to(row.device)
+        updates, weights = sum_over_ranks(totals).sqrt().T.tolist()
+        return {part: update / weight if weight else 0.0
+                for part, update, weight in zip(self.parts, updates, weights, strict=True)}
+
+
+def _square_sum(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values).double().square()
