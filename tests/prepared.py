@@ -22,11 +22,13 @@ TEXT_LENGTH = 16
 
 
 def write_shards(
-    root: Path, train: int, validation: int, silent: int = 0, seed: int = 0, **values: Any
+    root: Path, train: int, validation: int, silent: int = 0, seed: int = 0, prefix: str = "",
+    **values: Any,
 ) -> Path:
     """Random samples with distinct captions; the same files for the same arguments.
 
-    Every ``silent``-th sample (0: none) is without sound; ``values`` replace fields of Metadata.
+    Every ``silent``-th sample (0: none) is without sound; ids begin with ``prefix``; ``values``
+    replace fields of Metadata.
     """
     generator = torch.Generator().manual_seed(seed)
     metadata = dataclasses.replace(Metadata(
@@ -43,7 +45,7 @@ def write_shards(
                        hashes=[HASH], size_limit=1 << 16) as writer:
             for index in range(count):
                 heard = not silent or (index + 1) % silent != 0
-                writer.write(_sample(f"{split}{index:03d}", metadata, heard, generator))
+                writer.write(_sample(f"{prefix}{split}{index:03d}", metadata, heard, generator))
     save_metadata(root, metadata)
     mask = torch.arange(64) < 1
     save_file({

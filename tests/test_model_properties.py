@@ -146,3 +146,23 @@ def test_masked_t2av_teaches_the_video_what_t2v_does(variant, seed, num_joint):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-3)
+
+
+@FEW
+@given(VARIANTS, SEEDS, st.integers(2, 4), st.sampled_from([0.0, -1.5]), st.data())
+@torch.no_grad()
+def test_video_of_a_clip_without_sound_hears_nothing(variant, seed, batch, bias, data):
+    """As with V <-> A masked; and a batch of both kinds is what each gives alone."""
+    present = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
+    many = inputs(seed, batch)
+    mixed, _ = model(variant)(**many, audio_present=present, cross_modal_bias=bias)
+    heard, _ = model(variant)(**many, cross_modal_bias=bias)
+    masked, _ = model(variant)(**many, cross_modal=False)
+    expected = torch.where(present[:, None, None, None, None], heard, masked)
+    torch.testing.assert_close(mixed, expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(heard, masked, atol=1e-3)
+    # What the silent clip's audio stream holds is of no consequence.
+    noise = torch.where(present[:, None, None], 0.0, 100 * torch.randn_like(many["noisy_audio"]))
+    other = many | {"noisy_audio": many["noisy_audio"] + noise}
+    again, _ = model(variant)(**other, audio_present=present, cross_modal_bias=bias)
+    torch.testing.assert_close(again, mixed, atol=2e-5, rtol=1e-4)

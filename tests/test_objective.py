@@ -92,3 +92,24 @@ def test_text_on_its_distinct_rows_equals_the_plain_path(batch):
     for other in results[1:]:
         for plain, distinct in zip(results[0], other, strict=True):
             torch.testing.assert_close(distinct, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_a_clip_without_sound_has_no_audio_loss_and_no_gradient_through_it(batch):
+    torch.manual_seed(0)
+    model = towers.randomise_new(AVFullDiT(towers.CONFIG))
+    ours, t = objective(), objective().draw_t(IDS, 0)
+    silent = batch._replace(has_audio=torch.tensor([True, False]))
+    noised = ours.noise(silent, t, 0, CPU)
+    assert noised.inputs["audio_present"].tolist() == [True, False]
+    assert "audio_present" not in ours.noise(batch, t, 0, CPU).inputs  # all heard: no mask at all
+    noised.inputs["noisy_audio"].requires_grad_()
+    video, audio = ours.losses(model, noised)
+    assert audio[1] == 0 and audio[0] > 0 and (video > 0).all()
+    (video.sum() + audio.sum()).backward()
+    gradient = noised.inputs["noisy_audio"].grad
+    assert gradient[0].any() and not gradient[1].any()
+    # Every parameter has a gradient also when nothing is heard: the same graph on every rank.
+    model.zero_grad()
+    nothing = ours.noise(batch._replace(has_audio=torch.zeros(2, dtype=torch.bool)), t, 0, CPU)
+    sum(loss.sum() for loss in ours.losses(model, nothing)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []

@@ -1,0 +1,100 @@
+"""Jobs that share a machine: started at once, killed, and left alone by their neighbours."""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from data import node
+from data.dataset import HeldOut, build_loader
+from data.schema import DataError
+from data.sources import DataConfig
+from tests.prepared import write_shards
+
+JOBS = 4
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards"), 12, 5)
+
+
+@pytest.fixture(scope="module")
+def context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks"])
+    return context
+
+
+def names(number):
+    """What a job keeps on the machine."""
+    places = (node.SHARED_MEMORY, Path(tempfile.gettempdir()))
+    return sorted(str(path) for place in places for path in place.glob(f"*{number}*"))
+
+
+def job(root, barrier, results, hold):
+    """A job of its own: it reads, tells its number, and lives until the file `hold` is there."""
+    barrier.wait(120)
+    config = DataConfig(str(root), num_workers=0, cache_limit="1gb")
+    ids = next(build_loader(config, 4, 0, 1, 3))[1].sample_ids
+    held_out = HeldOut(config)
+    results.put((os.getpid(), node.job_number(), ids))
+    while not hold.exists():  # a file: an Event would be waited for by a killed process for ever
+        time.sleep(0.1)
+    held_out.batch([0])
+    results.put((os.getpid(), node.job_number(), ids))
+
+
+def start(context, shards, count, hold):
+    barrier, results = context.Barrier(count), context.Queue()
+    jobs = [context.Process(target=job, args=(shards, barrier, results, hold))
+            for _ in range(count)]
+    for process in jobs:
+        process.start()
+    return jobs, results, [results.get(timeout=120) for _ in jobs]
+
+
+def test_jobs_that_start_at_once_do_not_meet(context, shards, tmp_path):
+    jobs, _, told = start(context, shards, JOBS, tmp_path / "go")
+    numbers = {number for _, number, _ in told}
+    assert len(numbers) == JOBS and len({tuple(ids) for *_, ids in told}) == 1
+    assert all(names(number) for number in numbers)
+    (tmp_path / "go").touch()
+    for process in jobs:
+        process.join(120)
+    assert [process.exitcode for process in jobs] == [0] * JOBS
+    node.remove_leftovers()  # such a process ends without its atexit handlers
+    assert [names(number) for number in numbers] == [[]] * JOBS
+
+
+def test_leftovers_of_a_killed_job_go_and_those_of_a_live_one_stay(context, shards, tmp_path):
+    jobs, results, told = start(context, shards, 2, tmp_path / "go")
+    number_of = {pid: number for pid, number, _ in told}
+    killed, alive = jobs
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join(60)
+    left, kept = names(number_of[killed.pid]), names(number_of[alive.pid])
+    assert any(name.startswith("/dev/shm") for name in left)
+    assert any("avfulldit-" in name for name in left)  # its copies of shards
+    node.remove_leftovers()
+    assert names(number_of[killed.pid]) == []
+    assert names(number_of[alive.pid]) == kept and kept
+    (tmp_path / "go").touch()
+    assert results.get(timeout=120)[1] == number_of[alive.pid]  # it can still read
+    alive.join(120)
+    assert alive.exitcode == 0
+
+
+def test_a_cache_folder_belongs_to_one_run(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "shard.mds.77.part").touch()
+    lock = node.lock_cache(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+    with pytest.raises(DataError, match=f"data.cache_dir={tmp_path}: another run"):
+        node.lock_cache(tmp_path)
+    lock.close()
+    node.lock_cache(tmp_path).close()
