@@ -1,6 +1,6 @@
 """What is inside a prepared data set.
 
-    python -m data.inspect out/ [--decode 4 --wan W --tangoflux T]
+    python -m data.inspect out/ [--decode 4]
 
 prints a table per split, the statistics of the latents, whether sound and picture are of one
 length, and every sample that stands out (not finite, constant, still, sound that stops early).
@@ -207,11 +207,18 @@ def run(args: argparse.Namespace) -> int:
     for split, name, flag in lines:
         print(f"FLAG {split} {name}: {flag}")
     if args.decode:
-        for note in check_provenance({str(args.root): metadata}, args.wan, args.tangoflux):
+        wan, tangoflux = (
+            given or metadata.settings.get(name)
+            for name, given in (("wan", args.wan), ("tangoflux", args.tangoflux))
+        )
+        if not (wan and tangoflux):
+            raise DataError(f"{args.root}: --decode needs --wan and --tangoflux; dataset.json "
+                            "does not name the folders")
+        for note in check_provenance({str(args.root): metadata}, wan, tangoflux):
             print(f"note: {note}", file=sys.stderr)
-        with one_line_errors(DataError, f"wan={args.wan}, tangoflux={args.tangoflux}"):
-            vaes = (VideoVAE.from_folder(args.wan, args.device),
-                    AudioVAE.from_folder(args.tangoflux, args.device))
+        with one_line_errors(DataError, f"wan={wan}, tangoflux={tangoflux}"):
+            vaes = (VideoVAE.from_folder(wan, args.device),
+                    AudioVAE.from_folder(tangoflux, args.device))
         out = args.to or args.root.with_name(f"{args.root.name}.inspect")
         decode(args.root, metadata, args.decode, vaes, out)
     return 1 if any(flag.endswith(BROKEN) for _, _, flag in lines) else 0
@@ -224,13 +231,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("root", type=Path)
     parser.add_argument("--samples", type=int, default=1000, help="per split; default: %(default)s")
     parser.add_argument("--decode", type=int, default=0, metavar="N")
-    parser.add_argument("--wan", help="folder or hub id of the VAE that encoded the pictures")
-    parser.add_argument("--tangoflux", help="folder or hub id of the VAE that encoded the sound")
+    parser.add_argument("--wan", help="folder or hub id; default: the one that encoded the clips")
+    parser.add_argument("--tangoflux", help="folder or hub id; default: as above")
     parser.add_argument("--to", type=Path, help="folder for what is decoded; default: ROOT.inspect")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    if args.decode and not (args.wan and args.tangoflux):
-        parser.error("--decode needs --wan and --tangoflux")
     try:
         return run(args)
     except DataError as error:

@@ -99,7 +99,7 @@ def _differences(first: Metadata, other: Metadata) -> list[tuple[str, tuple[Any,
     pairs = {field: (getattr(first, field), getattr(other, field)) for field in FED}
     for name in first.fingerprints.keys() & other.fingerprints.keys():
         pairs[f"fingerprints.{name}"] = (first.fingerprints[name], other.fingerprints[name])
-    by_nature = {"manifest", "captions", "clips_per_shard", "split", "commit"}
+    by_nature = {"manifest", "captions", "clips_per_shard", "split", "commit", "wan", "tangoflux"}
     for name in (first.settings.keys() & other.settings.keys()) - by_nature:
         pairs[name] = (first.settings[name], other.settings[name])
     return [(field, pair) for field, pair in sorted(pairs.items()) if pair[0] != pair[1]]

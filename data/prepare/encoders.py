@@ -41,6 +41,7 @@ class Encoders:
     video_text: VideoTextEncoder
     audio_text: AudioTextEncoder
     fingerprints: dict[str, str]  # encoder -> of its files
+    sources: dict[str, str]  # "wan", "tangoflux" -> folder or hub id
 
     @classmethod
     def load(cls, wan: str, tangoflux: str, device: str, video_text_length: int) -> "Encoders":
@@ -55,6 +56,7 @@ class Encoders:
                 VideoTextEncoder.from_folder(wan, device, max_length=video_text_length),
                 AudioTextEncoder.from_folder(tangoflux, device),
                 encoder_fingerprints(wan, tangoflux),
+                {"wan": wan, "tangoflux": tangoflux},
             )
 
     @property

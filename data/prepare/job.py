@@ -30,6 +30,7 @@ from data.schema import METADATA_FILE, DataError, Metadata, load_metadata, save_
 SHARD_BYTES = 1 << 26  # about, uncompressed
 MAX_CLIPS_PER_SHARD = 64  # what a killed worker may have to do again, and how work is shared out
 TYPICAL_TEXT_ROWS = 128  # umT5 rows of a long caption
+NAMES = ("commit", "wan", "tangoflux")  # of what `code` and the fingerprints identify
 OPEN_FIELDS = ("counts", "rejected", "files")  # of Metadata, known when all is done
 
 
@@ -161,7 +162,8 @@ def flat(metadata: Metadata) -> dict[str, Any]:
     """Field -> value of everything that all workers of a data set must agree on."""
     fields = dataclasses.asdict(metadata)
     settings, fingerprints = fields.pop("settings"), fields.pop("fingerprints")
-    settings.pop("commit", None)  # says where `code` comes from
+    for name in NAMES:
+        settings.pop(name, None)
     for name in OPEN_FIELDS:
         del fields[name]
     return fields | settings | {f"fingerprints.{k}": v for k, v in fingerprints.items()}

@@ -73,6 +73,7 @@ def prepare(
     settings = clip_settings(manifest, captions, default_split, spec) | {
         "clips_per_shard": shard_clips or clips_per_shard(metadata),
         "text_precision": encoders.text_precision,
+        **encoders.sources,
     }
     job = Job(manifest, out, replace(metadata, settings=settings), captions)
     stored = begun(out)
