@@ -24,6 +24,21 @@ from training.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True)
+class SamplesConfig:
+    """Samples while training: how many held-out captions, and how they are drawn."""
+
+    count: int = 4
+    num_steps: int = 50
+    guidance_video: float = 5.0
+    guidance_audio: float = 4.5
+
+    def __post_init__(self) -> None:
+        for key in ("count", "num_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"samples.{key}={getattr(self, key)} must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One experiment; every key of the YAML. The engine's knobs are in the `deepspeed` JSON."""
 
@@ -37,6 +52,7 @@ class RunConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warmup_steps: int = 100  # linear, then constant
+    decay_steps: int = 0  # at the end, linear towards 0
     gradient_clipping: float = 1.0
     ema_decay: float | None = None  # of an average of the weights beside them; None: no average
     global_batch_size: int = 8
@@ -48,7 +64,12 @@ class RunConfig:
     check: Literal[False, True, "weights"] = False  # report on this, or the downloads, and stop
     world_size: int | None = None  # ranks that will run; for check=true away from the cluster
     log_every: int = 1
+    health_every: int = 100  # norms of updates, attention between the modalities, loss by t
+    sample_every: int | None = None  # None: never; needs the decoders in `wan` and `tangoflux`
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    peak_tflops: float | None = None  # of one device, for MFU; None: by its name
     validate_every: int = 500
+    validate_only: bool = False  # held-out loss of the newest checkpoint, then stop
     validation_samples: int | None = None  # None: the whole held-out split
     save_every: int = 500
     keep_checkpoints: int = 2  # the newest ones
@@ -59,10 +80,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every",
-                    "validation_samples", "keep_every", "world_size"):
+                    "validation_samples", "keep_every", "world_size", "health_every",
+                    "sample_every"):
             if (getattr(self, key) or 1) < 1 or getattr(self, key) == 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("warmup_steps", "gradient_clipping", "timeout_minutes"):
+        for key in ("warmup_steps", "decay_steps", "gradient_clipping", "timeout_minutes"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}={getattr(self, key)} must not be negative")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -14,6 +14,7 @@ import dataclasses
 import faulthandler
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from data.dataset import HeldOut, build_loader
 from data.schema import Batch, DataError
 from experiment import Plan, RunConfig, build_plan, report, report_weights
 from model import AVFullDiT, AVFullDiTConfig
+from model.flops import peak_tflops, training_work
 from model.from_files import weight_fingerprints
-from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
+from model.names import part_of
+from model.objective import Objective
 from model.pretrained import PretrainedError, load_pretrained, new_parameter_names
 from model.selfcheck import check_stitch, describe
+from tools.watching import Bench
 from training import engine as ds
 from training.card import write_start
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -38,16 +42,17 @@ from training.distributed import (
     resolve_world,
     shutdown,
     start,
-    sum_over_ranks,
 )
 from training.ema import EMA
 from training.guard import EXIT_CODE as BAD_NUMBERS
 from training.guard import BadNumbersError, Drawn
+from training.health import Health, group_places
 from training.metrics import Clock, MetricWriter, format_seconds
 from training.resume import check_resume, describe_run
 from training.run_dir import CheckpointError, lock_run
 from training.safety import Agreed, Safety
 from training.tags import Retention, find_checkpoint
+from training.watch import Scale, Watch
 
 # One line says it all, the same on every rank: no traceback, no folder of failures.
 EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
@@ -69,17 +74,17 @@ def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
 
 def train_step(
     engine: Any, step: int, batch: Batch, epoch: int, objective: Objective,
-    empty: dict[str, torch.Tensor], safety: Safety, cross_modal_bias: float = 0.0,
+    empty: dict[str, torch.Tensor], safety: Safety, watch: Watch, cross_modal_bias: float = 0.0,
+    logged: bool = False,
 ) -> Agreed:
     """Update number `step` from this rank's share of the global batch.
 
-    Returns: over all ranks, video loss and audio loss summed over samples, and samples with sound.
+    Returns: over all ranks, what `watch` has summed of the step.
     """
     batch = objective.drop_captions(batch, epoch, empty)
     t = objective.draw_t(batch.sample_ids, epoch)
     safety.begin_step(step, epoch, batch, t)
     micro, losses = engine.train_micro_batch_size_per_gpu(), []
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     weight = batch.audio_weight.to(engine.device)
     for begin in range(0, len(batch.sample_ids), micro):
         part = slice(begin, begin + micro)
@@ -91,57 +96,19 @@ def train_step(
         loss = objective.total(video.mean(), (audio * weight[part]).mean())
         last = begin + micro >= len(batch.sample_ids)
         engine.backward(safety.guard.screen(loss, last))
+        watch.losses(t[part], video, audio, noised.has_audio)
+        if last:
+            watch.before_update(logged)
         engine.step()
-        sums += summed(video, audio, noised.has_audio)
         losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
     drawn = Drawn(step, epoch, batch.sample_ids, t, torch.cat(losses))
-    return safety.after_step(sums, drawn, engine.was_step_applied())
+    return safety.after_step(watch.take_sums(), drawn, engine.was_step_applied())
 
 
-def summed(*losses: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values.detach().double().sum() for values in losses])
-
-
-@torch.no_grad()
-def validate(
-    engine: Any, held_out: HeldOut, objective: Objective, config: RunConfig, world: World,
-    safety: Safety, step: int,
-) -> dict[str, float]:
-    """Held-out loss per modality on a fixed (sample, t, noise) grid: the same in t2av and t2v.
-
-    Samples are dealt to the ranks in turn and padded, so that every rank runs as many forwards.
-    """
-    engine.eval()
-    micro = engine.train_micro_batch_size_per_gpu()
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    shares = (config.validation_samples, micro, world.rank, world.world_size, step)
-    for batch, kept in held_out.shares(*shares):
-        safety.watchdog.enter("validation")  # its budget is for one batch
-        real = kept.to(engine.device)
-        for value in VALIDATION_T:
-            t = torch.full((len(kept),), value)
-            noised = objective.noise(batch, t, VALIDATION_EPOCH, engine.device)
-            video, audio = objective.losses(engine, noised)
-            sums += summed(video * real, audio * real, noised.has_audio & real, real)
-    engine.train()
-    *totals, count = sum_over_ranks(sums).tolist()
-    return loss_values("validation", totals, count, objective)
-
-
-def loss_values(
-    prefix: str, sums: list[float], count: float, objective: Objective
-) -> dict[str, float]:
-    """Mean losses from the sums of video and audio loss over `count` samples, and of sound."""
-    video_sum, audio_sum, heard = sums
-    values = {"loss_video": video_sum / count}
-    if objective.task == "t2av":
-        values["loss_audio"] = audio_sum / max(heard, 1)
-    return {f"{prefix}/{tag}": value for tag, value in values.items()}
-
-
-def warmup(step: int, config: RunConfig) -> float:
+def rate_factor(step: int, config: RunConfig) -> float:
     """Learning-rate factor of the update that leads to step + 1."""
-    return min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    left = (config.max_steps - step) / max(config.decay_steps, 1)
+    return min(1.0, (step + 1) / max(config.warmup_steps, 1), left)
 
 
 def run(config: RunConfig, plan: Plan, world: World) -> None:
@@ -182,15 +149,21 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     )
     held_out, empty = HeldOut(config.data, ledger), plan.streams[0].text_states
     objective = Objective(config.task, config.seed, config.flow)
-    writer = MetricWriter(run_dir if world.is_main else None, first + 1 if first else 0)
+    bench = Bench(engine, held_out, objective, ema, config, world, safety)
+    watch = build_watch(engine, config, plan, world, found.manifest.run.get("watch") if found
+                        else None)
+    writer = MetricWriter(run_dir if world.is_main else None, first + 1 if first else 0,
+                          config.max_steps)
     validated = broadcast_object(writer.validated(first), world)
     if world.is_main:
-        write_start(run_dir, world, safety.straggler.hosts, first, seed=config.seed,
+        card = write_start(run_dir, world, safety.straggler.hosts, first, seed=config.seed,
                     resumed_from=found and found.tag, data=about["fingerprints"],
                     weights=weight_fingerprints(config.task, config.wan, config.tangoflux))
-        writer.record({"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
-                       "data": dataclasses.asdict(plan.streams[0].metadata),
-                       "model": dataclasses.asdict(plan.model)})
+        resolved = {"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
+                    "data": dataclasses.asdict(plan.streams[0].metadata),
+                    "model": dataclasses.asdict(plan.model)}
+        writer.record(first + 1 if first else 0, resolved,
+                      {"environment": card, "parameters": ds.count_by(model, part_of)})
         writer.say(
             f"{config.task}: {ds.describe_size(model, new_parameter_names(model))}; "
             f"attention {model.attention_kernel}; recompute {config.recompute}\n"
@@ -203,22 +176,26 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         writer.say(f"stitch self-check: deviation from the backbones {describe(stitched)}")
 
     step, epoch, clock, began = first, 0, Clock(), Clock()
-    sums, counted = [0.0] * 3, 0
     while True:
-        done = step >= config.max_steps or safety.stop is not None
-        wanted = step % config.validate_every == 0 or step == config.max_steps
-        if wanted and safety.stop is None and (step > first or not validated):
+        done = step >= config.max_steps or config.validate_only or safety.stop is not None
+        last = step == config.max_steps
+        if safety.stop is None and (step > first or not validated or config.validate_only) and (
+            step % config.validate_every == 0 or last or config.validate_only
+        ):
             with safety.phase("validation"):
-                values = validate(engine, held_out, objective, config, world, safety, step)
-                if ema:
-                    with ema.swapped_in():
-                        again = validate(engine, held_out, objective, config, world, safety, step)
-                    values |= {f"{tag}_ema": value for tag, value in again.items()}
-            writer.held_out(step, config.max_steps, values)
+                held = bench.survive("validation", step, partial(bench.validate, step))
+            if held:
+                writer.held_out(step, held, recorded=step == first and validated)
+            clock.restart()
+        if config.sample_every and safety.stop is None and (step > first or fresh) and (
+            step % config.sample_every == 0 or last
+        ):
+            with safety.phase("sampling"):
+                bench.survive("sampling", step, partial(bench.draw, step, writer))
             clock.restart()
         if step > first and (step % config.save_every == 0 or done or safety.save):
             state = {"loader": {"epoch": epoch, "samples_seen": step * config.global_batch_size},
-                     "guard": safety.guard.state()}
+                     "guard": safety.guard.state(), "watch": watch.state()}
             retention = Retention(config.keep_checkpoints, config.keep_every)
             with safety.phase("checkpoint"):
                 tag = save_checkpoint(engine, run_dir, step, about | state, retention, world, ema)
@@ -227,31 +204,49 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             clock.restart()
         if done:
             break
-        ds.set_learning_rate(engine, rates, warmup(step, config))
+        ds.set_learning_rate(engine, rates, rate_factor(step, config))
         with safety.phase("data"):
             epoch, batch = next(loader)
         bias = config.model.cross_modal_bias(step)
         step += 1
-        agreed = train_step(engine, step, batch, epoch, objective, empty, safety, bias)
-        if agreed.applied:
-            sums = [old + new for old, new in zip(sums, agreed.sums, strict=True)]
-            counted += 1
-            if ema:
-                ema.update()
+        logged = step % config.log_every == 0 or step == config.max_steps
+        agreed = train_step(
+            engine, step, batch, epoch, objective, empty, safety, watch, bias, logged
+        )
+        watch.add(agreed.sums, agreed.applied)
+        if agreed.applied and ema:
+            ema.update()
         if agreed.said:
             writer.say(agreed.said)
-        if counted and (step % config.log_every == 0 or step == config.max_steps):
-            shares, slowest = safety.straggler.compare(counted)
-            values = loss_values("train", sums, counted * config.global_batch_size, objective)
-            heard = values.get("train/loss_audio", 0.0)
-            values["train/loss"] = objective.total(values["train/loss_video"], heard)
-            values |= ds.step_values(engine, step * config.global_batch_size) | shares
-            writer.step(step, config.max_steps, values, clock.tick(counted), clock, slowest)
-            sums, counted = [0.0] * 3, 0
+        if logged and watch.counted:
+            shares, slowest = safety.straggler.compare(watch.here)
+            values = watch.record(step, epoch, clock.tick(watch.here), safety.spent)
+            writer.step(step, values | shares, clock, slowest)
+        if step % config.health_every == 0:
+            moved = watch.health_record()
+            inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
+            writer.scalars(step, moved | (inside or {}))
+            clock.restart()
     writer.say(f"{safety.finish(step)} after {format_seconds(began.tick())}; "
                f"run directory {run_dir}")
-    writer.close()
+    writer.close(step, dataclasses.asdict(config))
     loader.close()  # its processes would keep a job step alive
+
+
+def build_watch(
+    engine: Any, config: RunConfig, plan: Plan, world: World, state: dict[str, Any] | None
+) -> Watch:
+    """The measurements of the run, going on from a checkpoint's."""
+    new = new_parameter_names(engine.module)
+    places = group_places(engine.module, new, config.optimizer)
+    weights = (config.flow.video_loss_weight, config.flow.audio_loss_weight)
+    device = engine.device
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    scale = Scale(config.global_batch_size, weights[: 2 if config.task == "t2av" else 1],
+                  config.gradient_clipping, world.world_size,
+                  config.peak_tflops or peak_tflops(named))
+    return Watch(engine, Health(engine, part_of, places, world), scale,
+                 partial(training_work, plan.model), state)
 
 
 def main(arguments: list[str]) -> int:
