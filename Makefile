@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Built once per checkout, next to the environment that built it.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart test test-data lint install clean
+.PHONY: quickstart test test-data test-faults lint install clean
 
 install: $(STAMP)
 
@@ -28,7 +28,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow_data"
+	$(BIN)/python -m pytest -m "not slow_data and not faults"
+
+# Killed, hung, starved and signalled training; at most 25 minutes on 2 cores.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults
 
 test-data: $(STAMP)
 	$(BIN)/python -m pytest -m slow_data

@@ -141,9 +141,8 @@ def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
         audio_std=torch.stack([_float(sample["audio_std"]) for sample in samples]),
         has_audio=torch.tensor([bool(sample["has_audio"]) for sample in samples]),
         audio_weight=torch.tensor([float(sample["has_audio"]) for sample in samples]),
-        video_text=torch.stack(
-            [_padded(_bfloat16(s["video_text"]), metadata.video_text_length) for s in samples]
-        ),
+        video_text=_padded([_bfloat16(sample["video_text"]) for sample in samples],
+                           metadata.video_text_length),
         audio_text=torch.stack([_bfloat16(sample["audio_text"]) for sample in samples]),
         audio_text_mask=torch.stack(
             [torch.from_numpy(s["audio_text_mask"].astype(bool)) for s in samples]
@@ -151,6 +150,27 @@ def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
         duration=torch.full((len(samples),), metadata.duration, dtype=torch.float32),
         sample_ids=[sample["id"] for sample in samples],
     )
+
+
+def sample_fault(sample: dict[str, Any], metadata: Metadata) -> str | None:
+    """Why a stored sample cannot be trained on, in words; None for a good one."""
+    shapes = {"video_latents": metadata.video_latent_shape,
+              "audio_mean": metadata.audio_latent_shape, "audio_std": metadata.audio_latent_shape,
+              "audio_text": [metadata.audio_text_length, metadata.audio_text_width]}
+    for column, shape in shapes.items():
+        if list(sample[column].shape) != list(shape):
+            return f"{column} has shape {list(sample[column].shape)}, not {list(shape)}"
+    rows = sample["video_text"].shape
+    longest, width = metadata.video_text_length, metadata.video_text_width
+    if len(rows) != 2 or rows[1] != width or rows[0] > longest:
+        return f"video_text has shape {list(rows)}, not at most [{longest}, {width}]"
+    for column in ("video_latents", "audio_mean", "audio_std"):
+        if not np.isfinite(sample[column]).all():
+            return f"{column} is not finite"
+    for column in ("video_text", "audio_text"):  # bits of bfloat16, all of the exponent set
+        if ((sample[column] & 0x7F80) == 0x7F80).any():
+            return f"{column} is not finite"
+    return None
 
 
 def save_metadata(root: Path, metadata: Metadata) -> None:
@@ -238,6 +258,9 @@ def _bfloat16(bits: np.ndarray) -> Tensor:
     return torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16)
 
 
-def _padded(states: Tensor, length: int) -> Tensor:
-    """(n, D) -> (length, D), zeros below."""
-    return torch.nn.functional.pad(states, (0, 0, 0, length - len(states)))
+def _padded(states: list[Tensor], length: int) -> Tensor:
+    """(n, D) each -> (B, length, D), zeros below, which are most of it: written once, by calloc."""
+    padded = torch.zeros(len(states), length, states[0].shape[1], dtype=states[0].dtype)
+    for row, values in zip(padded, states, strict=True):
+        row[: len(values)] = values
+    return padded

@@ -24,7 +24,7 @@ from streaming.base.world import World
 from data.agreement import agree
 from data.node import job_folder, lock_cache, own_shared_memory
 from data.order import Order, Source, choose_per_epoch, locate
-from data.schema import HASH, DataError
+from data.schema import HASH, DataError, sample_fault
 from data.sources import DataConfig, Opened, StreamConfig, buckets, needs_cache
 
 
@@ -53,12 +53,17 @@ class AtomicStream(Stream):
         os.replace(part, raw_filename)
 
 
+class BadSampleError(DataError):
+    """One stored sample that cannot be trained on; its shard is what was written."""
+
+
 class ShardDataset(StreamingDataset):
     """One split of all streams; every fault is a DataError at once, or a neighbour's sample.
 
-    A shard is hash-checked when this process first touches it. Under `on_bad_shard: substitute` a
-    sample of a bad shard is replaced by the one at the same place of the stream's next good shard:
-    a function of the bad shards alone. What was replaced is told in the sample ("substitution").
+    A shard is hash-checked when this process first touches it, a sample's numbers and shapes each
+    time. Under `on_bad_shard: substitute` a sample that is bad, or of a bad shard, is replaced by
+    the one at the same place of the stream's next good shard: a function of what is bad alone.
+    What was replaced is told in the sample ("substitution").
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class ShardDataset(StreamingDataset):
         self.failure: BaseException | None = None
         self.verified: set[int] = set()
         self.broken: dict[int, str] = {}  # shard -> why it cannot be read
+        self.metadata = [known.metadata for known in opened]
         streams = [
             _stream(stream, config, known, split)
             for stream, known in zip(config.all_streams, opened, strict=True)
@@ -142,15 +148,18 @@ class ShardDataset(StreamingDataset):
             shard_id = int(self.spanner[place][0])
             try:
                 self._verify(shard_id)
-                sample = super().get_item(place, retry)
+                sample = self._checked(super().get_item(place, retry), place)
             except DataError as error:
-                self.broken[shard_id] = str(error)
+                alone = isinstance(error, BadSampleError)
+                if not alone:
+                    self.broken[shard_id] = str(error)
                 if self.config.on_bad_shard == "stop":
                     raise
                 if substitution is None:
                     substitution = {
-                        "split": self.split, "sample": wanted, "shard": self.shard_path(shard_id),
-                        "samples": int(self.samples_per_shard[shard_id]), "reason": str(error),
+                        "split": self.split, "sample": wanted, "reason": str(error),
+                        "shard": self.shard_path(shard_id) + (f"#{wanted}" if alone else ""),
+                        "samples": 1 if alone else int(self.samples_per_shard[shard_id]),
                     }
                 continue
             if substitution:
@@ -162,12 +171,23 @@ class ShardDataset(StreamingDataset):
         )
 
     def _places(self, sample_id: int) -> Iterator[int]:
-        """The sample, then the one at its place in each other shard of its stream, in turn."""
+        """The sample, the one at its place in each other shard of its stream, its own shard's."""
         stream, (shard_id, row) = self.stream_of(sample_id), self.spanner[sample_id]
         first, count = self.shard_offset_per_stream[stream], self.shards_per_stream[stream]
         for turn in range(count):
             shard = first + (shard_id - first + turn) % count
             yield int(self.sample_offset_per_shard[shard] + row % self.samples_per_shard[shard])
+        size = int(self.samples_per_shard[shard_id])
+        for turn in range(1, size):
+            yield int(self.sample_offset_per_shard[shard_id] + (row + turn) % size)
+
+    def _checked(self, sample: dict[str, Any], place: int) -> dict[str, Any]:
+        fault = sample_fault(sample, self.metadata[self.stream_of(place)])
+        if fault:
+            shard = self.shard_path(int(self.spanner[place][0]))
+            raise BadSampleError(f"{shard}: sample {sample['id']}: {fault}; prepare its clip "
+                                 "again, or set data.on_bad_shard=substitute")
+        return sample
 
     def shard_path(self, shard_id: int) -> str:
         """Where a shard's compressed file is, or the raw one if it was not compressed."""

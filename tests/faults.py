@@ -49,14 +49,14 @@ deepspeed: {root}/fp32_zero2.json
     return root
 
 
-def start_runs(root: Path, processes: int, runs: dict[str, dict[str, Any]]) -> None:
-    """Several runs in the same ranks: name -> {"overrides": [...], "fault": {...}}."""
+def start_runs(root: Path, processes: int, runs: dict[str, dict[str, Any]]) -> str:
+    """Several runs in the same ranks: name -> {"overrides", "fault"}; returns what they said."""
     spec = [{"config": f"{root}/run.yaml", "fault": run.get("fault", {"kind": "none"}),
              "overrides": [f"run_dir={root}/runs/{name}", *run.get("overrides", [])]}
             for name, run in runs.items()]
     path = root / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    torchrun(processes, "tests/fault_worker.py", "--runs", str(path))
+    return torchrun(processes, "tests/fault_worker.py", "--runs", str(path)).stdout
 
 
 def free_port() -> str:

@@ -66,6 +66,7 @@ class Straggler:
             most = float(table[slowest, column])
             values[f"time/{part}_seconds"] = float(table[:, column].median())
             values[f"time/{part}_seconds_slowest"] = most
+            values[f"time/{part}_slowest_rank"] = float(slowest)
             words.append(f"{part} {values[f'time/{part}_seconds']:.2f} s" + (
                 f" (rank {slowest} {self.hosts[slowest]} {most:.2f})"
                 if self.world.world_size > 1 else ""))

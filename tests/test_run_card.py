@@ -1,0 +1,43 @@
+"""training/card.py: every start says what made the weights."""
+
+import json
+import subprocess
+
+from training import card
+from training.distributed import World
+
+WORLD = World(0, 4, 0, 2, "srun")
+
+
+def test_every_start_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    for first in (0, 500):
+        card.write_start(tmp_path, WORLD, ["a", "a", "b", "b"], first, seed=7,
+                         data={"x": "hash"}, weights={"wan": "w"}, resumed_from=None)
+    starts = [json.loads(line) for line in
+              (tmp_path / "config" / "starts.jsonl").read_text().splitlines()]
+    assert [start["first_step"] for start in starts] == [0, 500]
+    assert starts[1]["world_size"] == 4 and starts[1]["hosts"] == ["a", "b"]
+    assert starts[1]["job"]["SLURM_JOB_ID"] == "4711" and starts[1]["seed"] == 7
+    assert {"torch", "deepspeed", "numpy"} <= starts[1]["packages"].keys()
+    assert starts[1]["hardware"]["memory_gib"] > 1
+
+
+def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+                       cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(card, "ROOT", tmp_path)
+    assert card.describe_code(tmp_path) == {"commit": None}
+    git("init")
+    (tmp_path / "file.py").write_text("a = 1\n")
+    git("add", "file.py")
+    git("commit", "-m", "first")
+    clean = card.describe_code(tmp_path)
+    assert len(clean["commit"]) == 40 and not clean["dirty"]
+    (tmp_path / "file.py").write_text("a = 2\n")
+    (tmp_path / "new.py").write_text("b = 1\n")
+    dirty = card.describe_code(tmp_path)
+    assert dirty["dirty"] and dirty["untracked"] == ["new.py"]
+    assert "+a = 2" in (tmp_path / dirty["patch"]).read_text()

@@ -1,0 +1,71 @@
+"""training/status.py: what a batch script does about an exit, without loading anything heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import ROOT, environment
+from training import status
+from training.status import decide, newest_step, read_status, write_status
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def save(run_dir, step):
+    tag = run_dir / "checkpoints" / f"step{step:08d}"
+    tag.mkdir(parents=True)
+    (tag / "manifest.json").write_text("{}")
+
+
+@pytest.mark.parametrize(("state", "code", "again"), [
+    ("done", 0, False), ("stopped", 0, False), ("preempted", 0, True), ("running", 1, True),
+    ("running", 137, True), ("running", 76, True), ("failed", 77, False), ("running", 78, False),
+    ("done", 1, False),  # it hung at its exit
+    ("running", 0, True),  # srun was told of no failure, but it did not finish
+])
+def test_which_exits_are_requeued(run_dir, state, code, again):
+    write_status(run_dir, state)
+    assert decide(run_dir, code)[0] == again
+
+
+def test_a_crash_loop_ends_and_progress_starts_it_anew(run_dir):
+    write_status(run_dir, "running")
+    save(run_dir, 100)
+    assert [decide(run_dir, 1)[0] for _ in range(4)] == [True, True, False, False]
+    assert "no checkpoint after step 100" in decide(run_dir, 1)[1]
+    save(run_dir, 200)
+    assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
+
+
+def test_only_finished_checkpoints_count(run_dir):
+    save(run_dir, 100)
+    (run_dir / "checkpoints" / "step00000300").mkdir()  # a killed save
+    assert newest_step(run_dir) == 100
+    assert newest_step(run_dir / "none") == 0
+    assert read_status(run_dir) == {"state": "unknown"}
+
+
+def test_the_command_of_the_batch_script(run_dir, tmp_path, capsys):
+    config = tmp_path / "x.yaml"
+    config.write_text("run_dir: elsewhere\n")
+    arguments = [str(config), f"run_dir={run_dir}"]
+    write_status(run_dir, "preempted")
+    assert status.main(["0", *arguments]) == 0
+    assert "requeue: preempted, exit 0" in capsys.readouterr().out
+    assert status.main(["77", *arguments]) == 1
+    assert "no requeue: bad numbers" in capsys.readouterr().out
+    assert status.main(["0"]) == status.main(["x", *arguments]) == 78
+    config.write_text("seed: 1\n")
+    assert status.main(["0", str(config)]) == 78
+
+
+def test_it_imports_nothing_heavy():
+    code = "import sys, training.status; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
