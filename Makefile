@@ -27,8 +27,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two test files side by side; a file stays in one process, which trains once for all its tests.
 test: lint
-	$(BIN)/python -m pytest -m "not slow_data and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow_data and not faults and not slurm"
 
 # Killed, hung, starved and signalled training; at most 25 minutes on 2 cores.
 test-faults: $(STAMP)
