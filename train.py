@@ -186,13 +186,11 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
                 held = bench.survive("validation", step, partial(bench.validate, step))
             if held:
                 writer.held_out(step, held, recorded=step == first and validated)
-            clock.restart()
         if config.sample_every and safety.stop is None and (step > first or fresh) and (
             step % config.sample_every == 0 or last
         ):
             with safety.phase("sampling"):
                 bench.survive("sampling", step, partial(bench.draw, step, writer))
-            clock.restart()
         if step > first and (step % config.save_every == 0 or done or safety.save):
             state = {"loader": {"epoch": epoch, "samples_seen": step * config.global_batch_size},
                      "guard": safety.guard.state(), "watch": watch.state()}
@@ -201,7 +199,6 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
                 tag = save_checkpoint(engine, run_dir, step, about | state, retention, world, ema)
             safety.saved(tag)
             writer.say(f"step {step}/{config.max_steps}  checkpoint {tag}")
-            clock.restart()
         if done:
             break
         ds.set_learning_rate(engine, rates, rate_factor(step, config))
@@ -220,13 +217,13 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             writer.say(agreed.said)
         if logged and watch.counted:
             shares, slowest = safety.straggler.compare(watch.here)
-            values = watch.record(step, epoch, clock.tick(watch.here), safety.spent)
+            values = watch.record(step, epoch, clock.tick(watch.here, safety.spent), safety.spent)
             writer.step(step, values | shares, clock, slowest)
         if step % config.health_every == 0:
             moved = watch.health_record()
-            inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
+            with safety.phase("validation"):
+                inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
             writer.scalars(step, moved | (inside or {}))
-            clock.restart()
     writer.say(f"{safety.finish(step)} after {format_seconds(began.tick())}; "
                f"run directory {run_dir}")
     writer.close(step, dataclasses.asdict(config))

@@ -253,8 +253,10 @@ class HeldOut:
     ) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's part of a fixed choice of `samples` (None: all), batches of one shape.
 
-        As many batches on every rank, padded: (B,) bool says which samples are real. Each stream
-        gives its first ones, in proportion to its size.
+        The batches are the same for any number of ranks, so that each sample meets the same
+        neighbours and no loss differs by a bit; they are dealt in turn, as many to every rank. What
+        fills up is no real sample: (B,) bool. Each stream gives its first ones, in proportion to
+        its size.
         """
         counts = self.dataset.samples_per_stream
         wanted = min(samples or len(self), len(self))
@@ -264,12 +266,11 @@ class HeldOut:
         for members in buckets(self.opened).values():
             pool = [int(ends[index] - counts[index]) + place
                     for index in members for place in range(chosen[index])]
-            per_rank = -(-len(pool) // world_size)
-            places = [rank + world_size * turn for turn in range(per_rank)]
-            for begin in range(0, per_rank, size):
-                part = places[begin : begin + size]
-                real = torch.tensor([place < len(pool) for place in part])
-                yield self.batch([pool[place % len(pool)] for place in part], step), real
+            turns = -(-len(pool) // (size * world_size))
+            for begin in range(rank * size, turns * world_size * size, world_size * size):
+                places = range(begin, begin + size)
+                real = torch.tensor([place < len(pool) for place in places])
+                yield self.batch([pool[place % len(pool)] for place in places], step), real
 
     def records(self, indices: list[int]) -> list[dict[str, Any]]:
         """Their manifest records: id, captions, source, and what was found out."""

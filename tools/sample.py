@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.contact_sheet import draw_contact_sheet, write_contact_sheet
 from data.manifest import check_text
-from data.mux import write_clip
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from data.schema import DataError, Metadata
-from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
+from model.encoders import AudioTextEncoder, VideoTextEncoder
 from model.files import one_line_errors
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
 from tools.export import load_model, read_run_file, read_setting
+from tools.render import Decoders, write_files
 from training.checkpoint import CheckpointError
 from training.config import ConfigError, parse_config
 from training.tags import tag_of
@@ -116,13 +115,12 @@ class Sampler:
         self.kernel = self.model.attention_kernel  # the run's own choice, or an error
         wan, length = read_setting(run, where, "wan"), self.metadata.video_text_length
         with one_line_errors(DataError, f"wan={wan}"):
-            self.video_vae = VideoVAE.from_folder(wan, device)
             self.video_text = VideoTextEncoder.from_folder(wan, device, max_length=length)
-        if self.task == "t2av":
-            tangoflux = read_setting(run, where, "tangoflux")
+        tangoflux = read_setting(run, where, "tangoflux") if self.task == "t2av" else None
+        if tangoflux:
             with one_line_errors(DataError, f"tangoflux={tangoflux}"):
-                self.audio_vae = AudioVAE.from_folder(tangoflux, device)
                 self.audio_text = AudioTextEncoder.from_folder(tangoflux, device)
+        self.decoders = Decoders(wan, tangoflux, device)
 
     def encode(self, video_caption: str, audio_caption: str) -> Prompts:
         """Text states of one prompt as the model takes them, batch 1."""
@@ -159,13 +157,7 @@ class Sampler:
                 audio_t=self.audio_t,
                 on_step=lambda done, total: bar.update(),
             )
-        picture = self.video_vae.decode(video)[0]  # (3, T, H, W) in [-1, 1]
-        frames = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
-        if audio is None:
-            return frames.cpu().numpy(), None
-        wave = self.audio_vae.decode(audio)[0].float().clamp(-1, 1)  # (2, N)
-        samples = round(data.duration * data.sample_rate)  # sound ends with the picture
-        return frames.cpu().numpy(), wave.T[:samples].cpu().numpy()
+        return self.decoders.clip(video, audio, data.duration, data.sample_rate)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -210,10 +202,8 @@ def run(arguments: argparse.Namespace) -> None:
     for place, prompt in enumerate(prompts):
         frames, sound = sampler.draw(prompt, negative, place, arguments)
         path = out / f"{prompt.name}.mp4"
-        write_clip(path, frames, data.fps, sound, data.sample_rate)
         title = f"{prompt.video_caption}  |  {prompt.audio_caption}"
-        sheet = draw_contact_sheet(frames, data.fps, sound, data.sample_rate, title)
-        write_contact_sheet(path.with_suffix(".png"), sheet)
+        write_files(path, frames, data.fps, sound, data.sample_rate, title)
         print(f"{path}  (sheet {path.with_suffix('.png')})", flush=True)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from training.distributed import World, on_gpu
 from training.ds_config import zero_stage
-from training.metrics import peak_memory_gib
 from training.shards import find_shards
 
 
@@ -80,6 +79,14 @@ def describe_batch(ds_config: dict[str, Any], world: World) -> str:
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(torch.Size(full_shape(parameter)).numel() for parameter in parameters)
+
+
+def count_by(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, int]:
+    """Parameters per part of a model."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + count_parameters([parameter])
+    return counts
 
 
 def describe_size(model: nn.Module, new_names: set[str]) -> str:
@@ -158,16 +165,3 @@ def set_learning_rate(
     """lr = base x factor in every group: a pure function of the step, so resume needs no state."""
     for group, base in zip(engine.optimizer.param_groups, base_rates, strict=True):
         group["lr"] = base * factor
-
-
-def step_values(engine: deepspeed.DeepSpeedEngine, samples_seen: int) -> dict[str, float]:
-    """What is logged of an update besides its losses."""
-    values = {
-        "train/lr": max(group["lr"] for group in engine.optimizer.param_groups),
-        "train/samples_seen": float(samples_seen),
-        "memory/peak_gib": peak_memory_gib(engine.device),
-    }
-    norm = engine.get_global_grad_norm()  # None in stage 0 with fp32, where DeepSpeed keeps none
-    if norm is not None and math.isfinite(norm):
-        values["train/grad_norm"] = float(norm)
-    return values

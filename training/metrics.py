@@ -1,21 +1,26 @@
-"""What a run says: one console line per log step, TensorBoard scalars, and `metrics.jsonl`.
+"""What a run says: one console line per log step, TensorBoard, and `metrics.jsonl`.
 
-The jsonl is the record of truth: a training and a held-out object per step at most, never one
-twice, also after a resume.
-TensorBoard is drawn from the same numbers. Only rank 0 writes.
+The jsonl is the record of truth: one object per step and kind (training, health, held-out) at
+most, never one twice, also after a resume. TensorBoard is drawn from the same numbers. Only rank
+0 writes, and nothing that cannot be written stops it. training.scalars tells what each tag means.
 """
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
+from training.events import Events
 from training.run_dir import keep_lines_before, write_json
+
+NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
+HELD_OUT = ("validation/loss_video", "validation/loss_audio")
 
 
 class MetricWriter:
@@ -25,70 +30,126 @@ class MetricWriter:
         run_dir: the run directory; None on the ranks that do not write.
         first_step: first step of this process; older records beyond it are dropped, because a
             resumed run does those steps again.
+        max_steps: where the bar ends, which is shown on a terminal only.
     """
 
-    def __init__(self, run_dir: Path | None, first_step: int) -> None:
+    def __init__(self, run_dir: Path | None, first_step: int, max_steps: int = 0) -> None:
         self.run_dir = run_dir
+        self.bar: Any = None
+        self.waiting: list[str] = []  # lines that a full disk did not take
         if run_dir is None:
             return
         self.path = run_dir / "metrics.jsonl"
         keep_lines_before(self.path, first_step)
-        self.tensorboard = SummaryWriter(str(run_dir / "tb"), purge_step=first_step)
+        self.events = Events(run_dir / "tb", first_step)
+        self.fresh, self.max_steps = first_step == 0, max_steps
+        if sys.stdout.isatty() and max_steps:
+            self.bar = tqdm(total=max_steps, initial=max(first_step - 1, 0), unit="step",
+                            dynamic_ncols=True, file=sys.stdout)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One record of tag -> value at a step."""
+        """One record of tag -> value at a step; a value that is no number is left out."""
         if self.run_dir is None:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for tag, value in values.items():
-            self.tensorboard.add_scalar(tag, value, step)
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        self.waiting.append(json.dumps({"step": step, **finite}) + "\n")
+        self._write_lines()
+        self.events.scalars(step, finite)
+
+    def _write_lines(self) -> None:
+        """Append what is waiting; a disk that takes part of it is asked again at the next step."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(self.waiting)
+            self.waiting = []
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            if len(self.waiting) == 1:
+                print(f"warning: {self.path} cannot be written ({error}); tried again at every "
+                      "log step", file=sys.stderr, flush=True)
 
     def step(
-        self, step: int, max_steps: int, values: dict[str, float], seconds: float, clock: "Clock",
-        ranks: str = "",
+        self, step: int, values: dict[str, float], clock: "Clock", ranks: str = "",
     ) -> None:
         """One training step: its scalars, and its line on the console."""
-        self.scalars(step, values | {"time/step_seconds": seconds})
-        losses = "  ".join(f"{tag.removeprefix('train/loss_')} {value:.4f}"
-                           for tag, value in values.items() if tag.startswith("train/loss_"))
-        self.say(
-            f"step {step}/{max_steps}  loss {values['train/loss']:.4f}  {losses}  "
-            f"grad {values.get('train/grad_norm', math.nan):.3f}  lr {values['train/lr']:.2e}  "
-            f"{seconds:.2f} s/step  eta {clock.eta(max_steps - step)}  {ranks}".rstrip()
-        )
-
-    def held_out(self, step: int, max_steps: int, values: dict[str, float]) -> None:
-        """Held-out losses: a record of their own, and a line."""
         self.scalars(step, values)
-        losses = "  ".join(f"{tag.split('/')[1][5:]} {value:.4f}" for tag, value in values.items())
-        self.say(f"step {step}/{max_steps}  held-out  {losses}")
+        losses = "  ".join(f"{part} {values[f'train/loss_{part}']:.4f}"
+                           for part in ("video", "audio") if f"train/loss_{part}" in values)
+        mfu = f"  mfu {values['throughput/mfu']:.1%}" if "throughput/mfu" in values else ""
+        self.say(
+            f"step {step}/{self.max_steps}  loss {values['train/loss']:.4f}  {losses}  "
+            f"grad {values.get('train/grad_norm', math.nan):.3f}"
+            f"{' clipped' if values.get('train/clipped') else ''}  lr {values['train/lr']:.2e}  "
+            f"{values['time/step_seconds']:.2f} s/step{mfu}  "
+            f"eta {clock.eta(self.max_steps - step)}  {ranks}".rstrip()
+        )
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def held_out(self, step: int, values: dict[str, float], recorded: bool = False) -> None:
+        """Held-out losses: a record of their own, unless they are ``recorded``, and a line."""
+        if not recorded:
+            self.scalars(step, values)
+        losses = "  ".join(
+            f"{tag.removeprefix('validation/loss_')} {values[tag]:.4f} "
+            f"+- {values[tag.replace('/loss', '/stderr')]:.4f}"
+            for tag in values if tag.startswith("validation/loss_"))
+        self.say(f"step {step}/{self.max_steps}  held-out  {losses}")
 
     def validated(self, step: int) -> bool:
         """Whether a step's held-out losses are on record; rank 0 alone knows."""
-        if self.run_dir is None or not self.path.exists():
+        if self.run_dir is None:
             return False
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return any(json.loads(line)["step"] == step for line in lines if '"validation/' in line)
+        return any(record["step"] == step for record in read_records(self.run_dir)
+                   if HELD_OUT[0] in record)
 
     def say(self, message: str) -> None:
         """A line for people; flushed, because jobs write to files."""
-        if self.run_dir is not None:
+        if self.run_dir is None:
+            return
+        if self.bar is not None:
+            self.bar.write(message, file=sys.stdout)
+        else:
             print(message, file=sys.stdout, flush=True)
 
-    def record(self, resolved: Mapping[str, dict]) -> None:
-        """What was resolved and run, as RUN/config/NAME.json and as TensorBoard text."""
+    def record(self, step: int, resolved: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """What was resolved and run, as RUN/config/NAME.json and as TensorBoard text.
+
+        Args:
+            step: the first one of this start, so that the text of every start stays readable.
+            resolved: "run" holds the settings by which the HParams tab tells runs apart.
+            start: more to read, without a file here.
+        """
         if self.run_dir is None:
             return
         (self.run_dir / "config").mkdir(exist_ok=True)
         for name, values in resolved.items():
             write_json(self.run_dir / "config" / f"{name}.json", values)
-            text = json.dumps(values, indent=1, ensure_ascii=False)
-            self.tensorboard.add_text(f"config/{name}", f"```\n{text}\n```")
+        for name, values in {**resolved, **start}.items():
+            self.events.text(step, f"config/{name}", values)
+        if self.fresh:
+            self.events.begin(resolved["run"], self._metrics(resolved["run"]))
 
-    def close(self) -> None:
-        if self.run_dir is not None:
-            self.tensorboard.close()
+    def _metrics(self, run: Mapping[str, Any]) -> list[str]:
+        return list(HELD_OUT if run["task"] == "t2av" else HELD_OUT[:1])
+
+    def close(self, step: int, run: Mapping[str, Any]) -> None:
+        if self.run_dir is None:
+            return
+        if step >= self.max_steps:
+            self.events.end(step, run, self._metrics(run))
+        self.events.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run; a last line that a kill has cut is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Clock:
@@ -98,17 +159,14 @@ class Clock:
         self.last = time.perf_counter()
         self.average: float | None = None
 
-    def tick(self, steps: int = 1) -> float:
-        """Seconds per step since the last tick."""
+    def tick(self, steps: int = 1, spent: Mapping[str, float] | None = None) -> float:
+        """Seconds per step since the last tick, less what was ``spent`` on work that is none."""
         now = time.perf_counter()
-        seconds = (now - self.last) / steps
+        away = sum((spent or {}).get(phase, 0.0) for phase in NO_STEP)
+        seconds = (now - self.last - away) / steps
         self.last = now
         self.average = seconds if self.average is None else 0.9 * self.average + 0.1 * seconds
         return seconds
-
-    def restart(self) -> None:
-        """Count anew, after work that is not a training step."""
-        self.last = time.perf_counter()
 
     def eta(self, steps_left: int) -> str:
         return format_seconds((self.average or 0.0) * steps_left)
@@ -118,8 +176,3 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak device memory since start, in GiB; on a CPU 0."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

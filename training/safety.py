@@ -6,6 +6,7 @@ so every rank knows the same at the same step. Called by train.py.
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,8 @@ class Safety:
         self.requests = Requests(self.run_dir if world.is_main else None, os.environ)
         self.failure = Failure(self.run_dir, config, world, expected)
         self.watchdog = Watchdog(budgets, self.failure)
+        # Seconds per phase; whoever logs them clears them.
+        self.spent: defaultdict[str, float] = defaultdict(float)
         self.last_good: Path | None = None
         self.stop: str | None = None  # why, once all ranks have agreed to stop
         self.save = False  # whether all ranks agreed to save now
@@ -67,8 +70,10 @@ class Safety:
         self.watchdog.enter(name)
         began = time.monotonic()
         yield
+        seconds = time.monotonic() - began
+        self.spent[name] += seconds
         if name != "data":
-            self.requests.took(name, time.monotonic() - began)
+            self.requests.took(name, seconds)
         self.watchdog.enter("compute")
 
     def attend(

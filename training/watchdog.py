@@ -27,6 +27,7 @@ class WatchdogConfig:
     compute: float = 900.0  # one step; the first one compiles
     checkpoint: float = 3600.0
     validation: float = 900.0  # one held-out batch
+    sampling: float = 1800.0  # one clip, or decoding a rank's share
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -1,0 +1,112 @@
+"""What looks at the model between two steps: held-out losses, gauges, samples.
+
+None of it draws from a random stream of training or touches a gradient: a run that is watched
+trains as one that is not, bit for bit (tests/test_watching.py). Called by train.py.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from data.dataset import HeldOut
+from data.schema import Batch, DataError
+from experiment import RunConfig
+from model.gauges import Gauges
+from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
+from training.distributed import World
+from training.ema import EMA
+from training.heldout import Losses, Row, look_inside, measure, summarise, write_rows
+from training.metrics import MetricWriter
+from training.safety import Safety
+
+T = TypeVar("T")
+GAUGED_SAMPLES = 4
+
+
+class Bench(NamedTuple):
+    """What looks at the model between steps: held-out losses, gauges, samples."""
+
+    engine: Any
+    held_out: HeldOut
+    objective: Objective
+    ema: EMA | None
+    config: RunConfig
+    world: World
+    safety: Safety
+
+    def shares(self, samples: int | None, step: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+        micro = self.engine.train_micro_batch_size_per_gpu()
+        return self.held_out.shares(samples, micro, self.world.rank, self.world.world_size, step)
+
+    def noised(self, batch: Batch, t: float) -> Noised:
+        """A batch at the held-out grid's own noise, the same at every step."""
+        values = torch.full((len(batch.sample_ids),), t)
+        return self.objective.noise(batch, values, VALIDATION_EPOCH, self.engine.device)
+
+    def losses_at(self, batch: Batch, t: float) -> Losses:
+        noised = self.noised(batch, t)
+        video, audio = self.objective.losses(self.engine, noised)
+        return video, audio, noised.has_audio
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Held-out losses of the weights and of their average, also into RUN/validation."""
+        def rows() -> list[Row]:
+            shares = self.shares(self.config.validation_samples, step)
+            return measure(self.engine, shares, self.losses_at, VALIDATION_T,
+                           self.config.task == "t2av", self.world,
+                           lambda: self.safety.watchdog.enter("validation"))
+
+        found = {"raw": rows()}
+        values = summarise(found["raw"], VALIDATION_T)
+        if self.ema:
+            with self.ema.swapped_in():
+                found["ema"] = rows()
+            values |= summarise(found["ema"], VALIDATION_T, "_ema")
+        if self.world.is_main:
+            write_rows(Path(self.config.run_dir), step, found, VALIDATION_T)
+        return values
+
+    def look_inside(self, step: int) -> dict[str, float]:
+        """Attention between the modalities and activations, on a few held-out samples."""
+        bias = self.config.model.cross_modal_bias(step)
+        return look_inside(
+            self.engine, Gauges(self.engine.module), self.shares(GAUGED_SAMPLES, step),
+            lambda batch: self.objective.losses(self.engine, self.noised(batch, 0.5), bias),
+            self.world,
+        )
+
+    def draw(self, step: int, writer: MetricWriter) -> None:
+        """Samples into RUN/samples and TensorBoard."""
+        from tools.preview import Preview, draw_previews, log_previews  # diffusers: slow to import
+
+        config, sound = self.config, self.config.task == "t2av"
+        first = self.held_out.opened[0]
+        preview = Preview(
+            Path(config.run_dir), self.held_out, config.wan, config.tangoflux if sound else None,
+            first.text_states, config.flow, config.seed, **dataclasses.asdict(config.samples),
+        )
+        folder = draw_previews(preview, self.engine, step, self.world,
+                               lambda: self.safety.watchdog.enter("sampling"))
+        if folder:
+            log_previews(folder, step, writer.events, first.metadata.sample_rate)
+            writer.say(f"step {step}/{config.max_steps}  samples {folder.parent}/index.html")
+
+    def survive(self, what: str, step: int, action: Callable[[], T]) -> T | None:
+        """Run an action that training can do without; None when it failed, and why is said.
+
+        A failure that one rank alone meets ends the run: the others are in a collective.
+        """
+        try:
+            return action()
+        except (DataError, OSError, RuntimeError) as error:
+            if self.world.world_size > 1 and not isinstance(error, DataError):
+                error.add_note(f"error: {what} at step {step} failed on rank {self.world.rank}")
+                raise
+            if self.world.is_main:
+                print(f"warning: {what} at step {step} failed and training goes on: "
+                      f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            return None
