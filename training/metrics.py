@@ -5,6 +5,7 @@ most, never one twice, also after a resume. TensorBoard is drawn from the same n
 0 writes, and nothing that cannot be written stops it. training.scalars tells what each tag means.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -64,7 +65,7 @@ class MetricWriter:
                 file.writelines(self.waiting)
             self.waiting = []
         except OSError as error:
-            if self.path.exists():
+            with contextlib.suppress(OSError):
                 os.truncate(self.path, size)
             if len(self.waiting) == 1:
                 print(f"warning: {self.path} cannot be written ({error}); tried again at every "
@@ -74,6 +75,8 @@ class MetricWriter:
         self, step: int, values: dict[str, float], clock: "Clock", ranks: str = "",
     ) -> None:
         """One training step: its scalars, and its line on the console."""
+        if self.run_dir is None:
+            return
         self.scalars(step, values)
         losses = "  ".join(f"{part} {values[f'train/loss_{part}']:.4f}"
                            for part in ("video", "audio") if f"train/loss_{part}" in values)
@@ -90,6 +93,8 @@ class MetricWriter:
 
     def held_out(self, step: int, values: dict[str, float], recorded: bool = False) -> None:
         """Held-out losses: a record of their own, unless they are ``recorded``, and a line."""
+        if self.run_dir is None:
+            return
         if not recorded:
             self.scalars(step, values)
         losses = "  ".join(
