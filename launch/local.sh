@@ -5,7 +5,7 @@
 #   NPROC=2 bash launch/local.sh configs/playground.yaml
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ -d .venv/bin ]] && export PATH="$PWD/.venv/bin:$PATH"   # ninja must be found
+source launch/env.sh
 if [[ -z "${NPROC:-}" ]]; then
   NPROC=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [[ "$NPROC" -gt 0 ]] || NPROC=1
@@ -15,5 +15,5 @@ if ! nvidia-smi --list-gpus >/dev/null 2>&1; then
   cores=$(nproc)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 fi
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
-exec torchrun --standalone --nproc-per-node="$NPROC" train.py "$@"
+# To stop it in order, with a checkpoint: touch RUN/STOP.
+exec "${container[@]}" torchrun --standalone --nproc-per-node="$NPROC" train.py "$@"

@@ -1,0 +1,108 @@
+"""tools.status: from files as train.py and launch/train.sbatch leave them, whole or half done."""
+
+import json
+import os
+import time
+
+import pytest
+
+from tests.launch import ROOT, run
+from tools.status import StatusError, find_run, main, read_run, report
+from training.manifest import Manifest, write_manifest
+from training.status import decide, write_status
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run at step 40 of 100, preempted once, going on as job 7-1."""
+    now = time.time()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "run.json").write_text(json.dumps(
+        {"task": "t2av", "max_steps": 100, "global_batch_size": 8, "log_every": 1}))
+    steps = [{"step": step, "train/loss": 1.0, "train/loss_video": 0.4, "train/loss_audio": 0.6,
+              "time/step_seconds": 0.5} for step in range(1, 41)]
+    held = {"step": 20, "validation/loss_video": 0.3, "validation/loss_audio": 0.7}
+    write_lines(tmp_path / "metrics.jsonl", *steps, held)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "train/lo')  # being written
+    start = {"event": "START", "nodes": "n[1-2]", "ranks": 4, "exit": None}
+    write_lines(
+        tmp_path / "jobs.jsonl", start | {"time": now - 700, "job": "7-0"},
+        start | {"event": "END", "time": now - 300, "job": "7-0", "exit": 0},
+        start | {"time": now - 200, "job": "7-1"})
+    write_lines(tmp_path / "requeues.jsonl",
+                {"time": now - 299, "step": 30, "exit": 0, "state": "preempted"})
+    write_lines(tmp_path / "skips.jsonl", {"step": 12, "kind": "spike", "applied": True},
+                {"step": 33, "kind": "gradient not finite", "applied": False})
+    tag = tmp_path / "checkpoints" / "step00000030"
+    tag.mkdir(parents=True)
+    (tag / "weight-00000.safetensors").write_bytes(b"12345")
+    write_manifest(tag, Manifest(
+        step=30, world_size=4, updates=0, skipped_steps=0, parameters={}, kinds=["weight"],
+        groups=[], files={"weight-00000.safetensors": (5, "")}, run={}))
+    write_status(tmp_path, "running", checkpoint=tag)
+    return tmp_path
+
+
+def test_everything_is_told(folder):
+    told = report(read_run(folder))
+    for line in (
+        "state       running, last sign 0 s ago",
+        "step        40 of 100, 40.0 %, time left 0:00:30",
+        "speed       0.5 s a step, 16 samples/s",
+        "loss        1.0000  video 0.4000  audio 0.6000  (mean of the last 20 records 1.0000)",
+        "held-out    video 0.3000  audio 0.7000  at step 20",
+        "checkpoint  step 30, 0 s ago, whole: 1 files, 5e-09 GB, written by 4 ranks; 1 there",
+        "job         7-1 on n[1-2], 4 ranks, started 3 min ago",
+        "starts      2, requeued by the job itself 1 times, on n[1-2]",
+        "skips       1 updates, 2 events; last gradient not finite at step 33",
+    ):
+        assert line in told, told
+    assert "START of job 7-1" in told.splitlines()[-1]
+
+
+def test_a_damaged_checkpoint_and_a_failure_are_named(folder):
+    weights = folder / "checkpoints" / "step00000030" / "weight-00000.safetensors"
+    weights.write_bytes(b"123")
+    failure = folder / "failures" / "20260101T000000_1"
+    failure.mkdir(parents=True)
+    (failure / "alarm").write_text("76 rank 3 on n2: phase 'data' took too long")
+    told = report(read_run(folder))
+    assert "is missing or has not the 5 bytes" in told
+    assert "failure: rank 3 on n2: phase 'data' took too long" in told.splitlines()[-1]
+
+
+def test_a_run_that_died_in_silence_is_doubted(folder):
+    now = time.time()
+    for name in ("status.json", "metrics.jsonl", "jobs.jsonl"):
+        os.utime(folder / name, (now - 3000, now - 3000))
+    assert "running?  NO SIGN FOR 50 min" in report(read_run(folder))
+    with open(folder / "jobs.jsonl", "a") as file:
+        file.write(json.dumps({"event": "END", "time": now - 60, "job": "7-1", "nodes": "n1",
+                               "ranks": 4, "exit": 137}) + "\n")
+    assert "ended with exit 137 60 s ago, unexpectedly" in report(read_run(folder))
+
+
+def test_the_requeue_that_was_decided_is_shown(folder):
+    assert decide(folder, 1)[0]
+    assert "requeued by the job itself 2 times" in report(read_run(folder))
+
+
+def test_what_is_no_run_is_an_error(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert "is not a run directory: nothing was started there yet" in capsys.readouterr().err
+    with pytest.raises(StatusError, match="only a config takes key=value"):
+        find_run(str(tmp_path), ["a=1"])
+
+
+def test_where_reads_the_config_as_train_does(tmp_path):
+    said = run(["python", "-m", "tools.status", "--where", f"{ROOT}/configs/alt_merge_t2v.yaml"])
+    assert said.stdout == "runs/alt_merge_t2v\n"
+    said = run(["python", "-m", "tools.status", "--where", "configs/playground.yaml", "run_dir=x"])
+    assert said.stdout == "x\n"
+    wrong = run(["python", "-m", "tools.status", "--where", "configs/no.yaml"], check=False)
+    assert wrong.returncode == 78 and "no such file" in wrong.stderr

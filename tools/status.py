@@ -1,0 +1,226 @@
+"""How a run stands, from the files in its directory: on any machine that sees them, also mid-run.
+
+    python -m tools.status runs/alt_merge_t2av [--watch]
+    python -m tools.status configs/alt_merge_t2av.yaml [key=value ...]    # the run of that config
+
+State, step, speed and time left, losses, the newest checkpoint and whether it is whole, starts and
+jobs, skipped updates, and what happened last. Writes nothing. Exit status 1 where no run is.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.config import ConfigError, overlay, parse_overrides, read_yaml
+from training.status import read_status
+
+RECENT = 20  # training records that speed and mean loss are taken from
+SILENT_SECONDS = 600.0  # beyond this and ten log periods, "running" is doubted
+WATCH_SECONDS = 5.0
+
+
+class StatusError(ValueError):
+    """Nothing to tell; the message says why and what to do."""
+
+
+def find_run(target: str, overrides: list[str]) -> Path:
+    """A run directory as it is, or the one that a config names."""
+    if not target.endswith((".yaml", ".yml")):
+        if overrides:
+            raise StatusError(f"{overrides[0]}: only a config takes key=value; {target} is a run")
+        return Path(target)
+    values = overlay(read_yaml(target), parse_overrides(overrides))
+    if not isinstance(values.get("run_dir"), str):
+        raise StatusError(f"{target}: key 'run_dir' is missing; add it")
+    return Path(values["run_dir"])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A JSON-lines file that another process writes: the last line may not be whole yet."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+class Run(NamedTuple):
+    """What the files say."""
+
+    path: Path
+    status: dict[str, Any]
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]  # training records of metrics.jsonl
+    held_out: list[dict[str, Any]]
+    jobs: list[dict[str, Any]]  # START and END of each start, by launch/train.sbatch
+    skips: list[dict[str, Any]]
+    requeues: list[dict[str, Any]]
+    now: float
+
+
+def read_run(path: Path) -> Run:
+    """Raises StatusError where there is no run."""
+    config = path / "config" / "run.json"
+    if not any((path / name).exists() for name in ("lock", "jobs.jsonl", "status.json")):
+        raise StatusError(f"{path} is not a run directory: nothing was started there yet")
+    records = read_lines(path / "metrics.jsonl")
+    return Run(
+        path, read_status(path), json.loads(config.read_text()) if config.is_file() else {},
+        [record for record in records if "train/loss" in record],
+        [record for record in records if any(key.startswith("validation/") for key in record)],
+        read_lines(path / "jobs.jsonl"), read_lines(path / "skips.jsonl"),
+        read_lines(path / "requeues.jsonl"), time.time(),
+    )
+
+
+def ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def describe_state(run: Run) -> str:
+    """What status.json says, doubted where the launcher or the clock knows better."""
+    state = run.status["state"]
+    signs = [path.stat().st_mtime for name in ("status.json", "metrics.jsonl", "jobs.jsonl")
+             if (path := run.path / name).exists()]
+    silent = run.now - max(signs, default=run.now)
+    last = run.jobs[-1] if run.jobs else {}
+    if last.get("event") == "END" and state == "running":
+        return f"ended with exit {last['exit']} {ago(run.now - last['time'])} ago, unexpectedly"
+    if last.get("event") == "START" and state not in ("running", "failed"):
+        return f"starting again, {state} before; silent for {ago(silent)}"
+    period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
+    if state == "running" and silent > max(SILENT_SECONDS, 10 * period):
+        return f"running?  NO SIGN FOR {ago(silent)}: the job may be dead"
+    reason = f": {run.status['reason']}" if run.status.get("reason") else ""
+    return f"{state}{reason}, last sign {ago(silent)} ago"
+
+
+def mean(records: list[dict[str, Any]], tag: str) -> float:
+    values = [record[tag] for record in records[-RECENT:] if tag in record]
+    return sum(values) / len(values) if values else 0.0
+
+
+def named(record: dict[str, Any], prefix: str) -> str:
+    return "  ".join(f"{tag.removeprefix(prefix)} {value:.4f}" for tag, value in record.items()
+                     if tag.startswith(prefix))
+
+
+def describe_steps(run: Run) -> list[str]:
+    if not run.steps:
+        return ["step        none yet"]
+    last, end = run.steps[-1], run.config.get("max_steps", 0)
+    seconds, batch = mean(run.steps, "time/step_seconds"), run.config.get("global_batch_size", 0)
+    lines = [f"step        {last['step']} of {end}, {100 * last['step'] / max(end, 1):.1f} %, "
+             f"time left {clock(seconds * (end - last['step']))}"]
+    if seconds:
+        lines.append(f"speed       {seconds:.3g} s a step, {batch / seconds:.3g} samples/s")
+    lines.append(f"loss        {last['train/loss']:.4f}  {named(last, 'train/loss_')}  "
+                 f"(mean of the last {len(run.steps[-RECENT:])} records "
+                 f"{mean(run.steps, 'train/loss'):.4f})")
+    if run.held_out:
+        held = run.held_out[-1]
+        lines.append(f"held-out    {named(held, 'validation/loss_')}  at step {held['step']}")
+    return lines
+
+
+def describe_checkpoint(run: Run) -> str:
+    """The newest one, and whether its manifest and the sizes of its files are right."""
+    from training.manifest import MANIFEST, read_manifest  # slow: only where it is needed
+    from training.run_dir import CheckpointError
+    from training.tags import wrong_size
+
+    tags = sorted(run.path.glob(f"checkpoints/step*/{MANIFEST}"))
+    if not tags:
+        return "none yet"
+    tag = tags[-1].parent
+    try:
+        manifest = read_manifest(tag)
+        wrong = wrong_size(tag, manifest)
+        size = sum(count for count, _ in manifest.files.values())
+        told = wrong or (f"whole: {len(manifest.files)} files, {size / 1e9:.3g} GB, written by "
+                         f"{manifest.world_size} ranks")
+    except CheckpointError as error:
+        told = str(error)
+    age = ago(run.now - tags[-1].stat().st_mtime)
+    return f"step {int(tag.name[4:])}, {age} ago, {told}; {len(tags)} there"
+
+
+def describe_jobs(run: Run) -> list[str]:
+    starts = [entry for entry in run.jobs if entry["event"] == "START"]
+    lines = []
+    if starts:
+        last, ended = starts[-1], run.jobs[-1]["event"] == "END"
+        lines.append(
+            f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
+            f"{'ended' if ended else 'started'} {ago(run.now - run.jobs[-1]['time'])} ago")
+        lines.append(f"starts      {len(starts)}, requeued by the job itself {len(run.requeues)} "
+                     f"times, on {', '.join(sorted({entry['nodes'] for entry in starts}))}")
+    return lines
+
+
+def describe_last(run: Run) -> str:
+    """The newest of: failure, requeue, end of a job, start of a job."""
+    events = [(entry["time"], f"{entry['event']} of job {entry['job']}" + (
+        f", exit {entry['exit']}" if entry["event"] == "END" else "")) for entry in run.jobs]
+    events += [(entry["time"], f"requeued: {entry['state']}, exit {entry['exit']}, newest "
+                f"checkpoint at step {entry['step']}") for entry in run.requeues]
+    for alarm in run.path.glob("failures/*/alarm"):
+        words = alarm.read_text(encoding="utf-8").split(" ", 1)[-1]
+        events.append((alarm.stat().st_mtime, f"failure: {words} ({alarm.parent})"))
+    if not events:
+        return "nothing out of the ordinary"
+    when, what = max(events)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))}  {what}"
+
+
+def report(run: Run) -> str:
+    lines = [f"{run.path}  {run.config.get('task', '')}",
+             f"state       {describe_state(run)}", *describe_steps(run),
+             f"checkpoint  {describe_checkpoint(run)}", *describe_jobs(run)]
+    if run.skips:
+        skip = run.skips[-1]
+        lines.append(f"skips       {sum(not entry['applied'] for entry in run.skips)} updates, "
+                     f"{len(run.skips)} events; last {skip['kind']} at step {skip['step']}")
+    return "\n".join([*lines, f"last        {describe_last(run)}"])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("tools.status", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory, or a config")
+    parser.add_argument("overrides", nargs="*", help="key=value, of a config")
+    parser.add_argument("--watch", action="store_true", help="again every few seconds")
+    parser.add_argument("--where", action="store_true", help="print the run directory only")
+    args = parser.parse_args(arguments)
+    try:
+        path = find_run(args.run, args.overrides)
+        if args.where:
+            print(path)
+            return 0
+        print(report(read_run(path)), flush=True)
+        while args.watch:
+            time.sleep(WATCH_SECONDS)
+            print(f"\033[2J\033[H{report(read_run(path))}", flush=True)
+    except (StatusError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78 if args.where else 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
