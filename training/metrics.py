@@ -35,7 +35,7 @@ class MetricWriter:
     """
 
     def __init__(self, run_dir: Path | None, first_step: int, max_steps: int = 0) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.max_steps = run_dir, max_steps
         self.bar: Any = None
         self.waiting: list[str] = []  # lines that a full disk did not take
         if run_dir is None:
@@ -43,7 +43,7 @@ class MetricWriter:
         self.path = run_dir / "metrics.jsonl"
         keep_lines_before(self.path, first_step)
         self.events = Events(run_dir / "tb", first_step)
-        self.fresh, self.max_steps = first_step == 0, max_steps
+        self.fresh = first_step == 0
         if sys.stdout.isatty() and max_steps:
             self.bar = tqdm(total=max_steps, initial=max(first_step - 1, 0), unit="step",
                             dynamic_ncols=True, file=sys.stdout)
