@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Built once per checkout, next to the environment that built it.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart test test-data test-faults lint install clean
+.PHONY: quickstart test test-data test-faults test-slurm lint install clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ test: lint
 # Killed, hung, starved and signalled training; at most 25 minutes on 2 cores.
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
+
+# launch/ on a private Slurm of two nodes; needs root, slurm-wlm and munge; at most 25 minutes.
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m slurm
 
 test-data: $(STAMP)
 	$(BIN)/python -m pytest -m slow_data
