@@ -141,8 +141,9 @@ def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
         audio_std=torch.stack([_float(sample["audio_std"]) for sample in samples]),
         has_audio=torch.tensor([bool(sample["has_audio"]) for sample in samples]),
         audio_weight=torch.tensor([float(sample["has_audio"]) for sample in samples]),
-        video_text=_padded([_bfloat16(sample["video_text"]) for sample in samples],
-                           metadata.video_text_length),
+        video_text=torch.stack(
+            [_padded(_bfloat16(s["video_text"]), metadata.video_text_length) for s in samples]
+        ),
         audio_text=torch.stack([_bfloat16(sample["audio_text"]) for sample in samples]),
         audio_text_mask=torch.stack(
             [torch.from_numpy(s["audio_text_mask"].astype(bool)) for s in samples]
@@ -258,9 +259,6 @@ def _bfloat16(bits: np.ndarray) -> Tensor:
     return torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16)
 
 
-def _padded(states: list[Tensor], length: int) -> Tensor:
-    """(n, D) each -> (B, length, D), zeros below, which are most of it: written once, by calloc."""
-    padded = torch.zeros(len(states), length, states[0].shape[1], dtype=states[0].dtype)
-    for row, values in zip(padded, states, strict=True):
-        row[: len(values)] = values
-    return padded
+def _padded(states: Tensor, length: int) -> Tensor:
+    """(n, D) -> (length, D), zeros below."""
+    return torch.nn.functional.pad(states, (0, 0, 0, length - len(states)))
