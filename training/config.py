@@ -139,8 +139,15 @@ def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
     for key, value in values.items():
         if key not in known:
             name = prefix + str(key)
-            raise ConfigError(f"{where}: unknown key '{name}'; {nearest(str(key), known)}")
+            deeper = [f"{field}.{key}" for field in known if key in _field_names(hints[field])]
+            hint = f"did you mean '{prefix}{deeper[0]}'?" if deeper else nearest(str(key), known)
+            raise ConfigError(f"{where}: unknown key '{name}'; {hint}")
         _check_keys(hints[key], value, where, f"{prefix}{key}.")
+
+
+def _field_names(annotation: Any) -> list[str]:
+    owner = _dataclass_of(annotation)
+    return [field.name for field in dataclasses.fields(owner)] if owner else []
 
 
 def _dataclass_of(annotation: Any) -> type | None:
