@@ -75,7 +75,7 @@ class DataConfig:
     shuffle_block: int = 1 << 18  # samples that are mixed; part of the order
     num_canonical_nodes: int = 1  # >1: a node reads only its share of the shards; part of the order
     timeout_seconds: float = 300.0  # for one batch from a worker
-    cache_dir: str | None = None  # None: beside local shards, or the job's own folder in TMPDIR
+    cache_dir: str | None = None  # on the node's own disk; None: beside the shards, or in TMPDIR
     cache_limit: str | None = None  # per node, e.g. 200gb; the coldest shards make room
     download_retries: int = 4
     download_timeout_seconds: float = 60.0

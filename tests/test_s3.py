@@ -142,7 +142,7 @@ deepspeed: {tmp_path}/ds.json
     killed = [*command, f"run_dir={tmp_path}/killed"]
     process = subprocess.Popen(killed, cwd=ROOT, env=environment() | private,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
+    for _ in range(6000):
         if list((tmp_path / "killed" / "checkpoints").glob("*/manifest.json")):
             break
         time.sleep(0.05)
