@@ -85,7 +85,7 @@ def test_a_crash_on_one_rank_ends_all_with_one_folder(tmp_path, kind, reason):
         "rank00000.stacks.txt", "rank00001.stacks.txt"}
     assert reason in json.loads((folder / "rank00001.json").read_text())["reason"]
     assert "follows rank 1" in json.loads((folder / "rank00000.json").read_text())["reason"]
-    last = outputs[1].strip().splitlines()[-1]
+    last = outputs[1].strip().splitlines()[-1].removeprefix("[rank1]: ")  # torch's prefix
     assert last.startswith("error: rank 1:") and last.endswith(str(folder))
     assert ("train_micro_batch_size_per_gpu" in last) == (kind == "memory")
     # The run goes on from its last checkpoint.

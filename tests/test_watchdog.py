@@ -81,4 +81,6 @@ def test_one_stuck_rank_ends_all_with_every_stack_there_is(tmp_path, kind, stack
         assert "act" in (folder / "rank00001.stacks.txt").read_text()
     told = json.loads((folder / "rank00000.json").read_text())
     assert told["last"]["step"] == 3 and len(told["last"]["sample_ids"]) == 4
-    assert str(folder) in outputs[0].strip().splitlines()[-1]
+    # The rank's last words; what may follow are those of Python's resource tracker.
+    said = [line for line in outputs[0].splitlines() if line.startswith("error: rank 0: ")]
+    assert said[-1].endswith(str(folder))

@@ -87,12 +87,10 @@ class Failure:
             "environment": {key: value for key, value in sorted(os.environ.items())
                             if key.startswith(ENVIRONMENT)},
         })
-        with contextlib.suppress(FileExistsError), \
-                open(self.folder / "alarm.tmp", "x", encoding="utf-8") as file:
-            write_json(self.folder / "config.json", self.config)
+        with contextlib.suppress(FileExistsError), open(self.alarm, "x", encoding="utf-8") as file:
             file.write(f"{code} rank {self.world.rank} on {socket.gethostname()}: {reason}")
             file.flush()
-            os.replace(file.name, self.alarm)
+            write_json(self.folder / "config.json", self.config)
 
     def wait_for_others(self) -> None:
         """Until every rank has written, or for a bounded time."""
