@@ -1,0 +1,267 @@
+"""A run that is watched: what it writes is complete, true, never twice, and changes nothing.
+
+Real processes train the tiny model; what they wrote is read back through TensorBoard's own reader.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch import ROOT, environment, run, torchrun
+from tests.prepared import write_shards
+from tests.tiny import write_tangoflux, write_wan
+from tools.watching import Bench
+from training.checkpoint import read_weights
+from training.distributed import World
+from training.heldout import read_rows
+from training.metrics import MetricWriter, read_records
+from training.scalars import SCALARS, described
+
+STEPS, KILLED_AT = 6, 5
+WATCHED = ["log_every=2", "health_every=3", "sample_every=6", "validate_every=3", "save_every=2"]
+BLIND = ["log_every=100", "health_every=100", "validate_every=100", "save_every=100"]
+TIMES = ("time/", "throughput/", "memory/")  # differ from run to run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("watching")
+    write_wan(root / "wan")
+    write_tangoflux(root / "tangoflux")
+    write_shards(root / "shards", train=20, validation=5, silent=4)
+    for stage in (2, 3):
+        (root / f"zero{stage}.json").write_text(json.dumps({
+            "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}))
+    (root / "run.yaml").write_text(f"""
+run_dir: {root}/killed
+wan: {root}/wan
+tangoflux: {root}/tangoflux
+model: {{num_joint_blocks: 2}}
+data: {{root: {root}/shards, num_workers: 0}}
+optimizer: {{lr: 1.0e-3}}
+warmup_steps: 3
+global_batch_size: 4
+max_steps: {STEPS}
+ema_decay: 0.9
+samples: {{count: 3, num_steps: 2}}
+peak_tflops: 0.1
+keep_checkpoints: 9
+deepspeed: {root}/zero2.json
+""")
+    return root
+
+
+def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
+    spec = [{"config": f"{world}/run.yaml", "overrides": [f"run_dir={world}/{name}", *overrides]}
+            for name, overrides in runs.items()]
+    path = world / f"spec{processes}.json"
+    path.write_text(json.dumps(spec))
+    torchrun(processes, "tests/train_worker.py", str(path))
+
+
+@pytest.fixture(scope="module")
+def runs(world) -> Path:
+    zero3 = [f"deepspeed={world}/zero3.json"]
+    start(world, 2, {"two": [*WATCHED, *zero3], "two_blind": [*BLIND, *zero3]})
+    start(world, 1, {
+        "one": WATCHED, "t2v": [*WATCHED, "task=t2v", "sample_every=3", "max_steps=3"]})
+    return world
+
+
+@pytest.fixture(scope="module")
+def killed(runs) -> Path:
+    """SIGKILL once step KILLED_AT is on record, then the same command again."""
+    world = runs
+    command = [sys.executable, "train.py", f"{world}/run.yaml", *WATCHED, "log_every=1",
+               "sample_every=null"]
+    path = world / "killed" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not (path.exists() and f'"step": {KILLED_AT}, "train' in path.read_text()):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert f"resuming at step {KILLED_AT - 1}" in run(command).stdout
+    return world / "killed"
+
+
+def read_events(run_dir: Path) -> tuple[EventAccumulator, dict[str, dict[int, float]]]:
+    """The accumulator, and tag -> step -> value; a step that is there twice is an error."""
+    events = EventAccumulator(str(run_dir / "tb"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    found: dict[str, dict[int, float]] = {}
+    for tag in events.Tags()["scalars"]:
+        points = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert len(dict(points)) == len(points), f"{tag} holds a step twice: {points}"
+        found[tag] = dict(points)
+    return events, found
+
+
+@pytest.mark.slow
+def test_every_documented_tag_is_there_and_nothing_else(runs):
+    _, found = read_events(runs / "one")
+    assert {described(tag) for tag in found} == set(SCALARS)
+
+
+def test_the_readme_documents_the_same_tags():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## What TensorBoard shows")[1].split("\n## ")[0]
+    assert dict(re.findall(r"^\| `([\w/{}]+)` \| (.+) \|$", section, re.M)) == SCALARS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "two", "t2v"])
+def test_tensorboard_holds_the_record(runs, name):
+    check_record(runs, name)
+
+
+def check_record(runs: Path, name: str) -> None:
+    _, found = read_events(runs / name)
+    recorded: dict[str, dict[int, float]] = {}
+    for record in read_records(runs / name):
+        for tag in record.keys() - {"step"}:
+            assert record["step"] not in recorded.setdefault(tag, {}), (tag, record["step"])
+            recorded[tag][record["step"]] = record[tag]
+    assert found.keys() == recorded.keys()
+    for tag, values in recorded.items():
+        assert found[tag] == pytest.approx(values, rel=1e-6), tag  # stored in float32
+    assert (name == "t2v") != any("audio" in tag and values and "tokens" not in tag
+                                  for tag, values in recorded.items())
+
+
+@pytest.mark.faults
+def test_a_killed_and_resumed_run_has_the_undisturbed_runs_curves(runs, killed):
+    check_record(runs, "killed")
+    one, killed = ({(record["step"], tag): value for record in read_records(runs / name)
+                    for tag, value in record.items()} for name in ("one", "killed"))
+    for key, value in one.items():
+        if key[1] not in ("train/loss", "train/skipped") and not key[1].startswith(
+                (*TIMES, "train/loss")):
+            assert killed[key] == value, key
+    steps = [record["step"] for record in read_records(runs / "killed") if "train/loss" in record]
+    assert steps == list(range(1, STEPS + 1))
+    for step in (0, 3, STEPS):
+        for weights in ("raw", "ema"):
+            assert read_rows(runs / "one", step, weights) == read_rows(killed, step, weights)
+
+
+@pytest.mark.slow
+def test_watching_does_not_change_training_by_one_bit(runs):
+    _, watched = read_weights(runs / "two", STEPS)
+    _, blind = read_weights(runs / "two_blind", STEPS)
+    assert watched.keys() == blind.keys()
+    assert all(torch.equal(watched[name], blind[name]) for name in watched)
+
+
+@pytest.mark.slow
+def test_held_out_losses_are_bit_equal_on_any_ranks(runs):
+    assert read_rows(runs / "one", 0) == read_rows(runs / "two", 0)
+    assert len(read_rows(runs / "one", 0)) == 5
+    silent = [row for row in read_rows(runs / "one", 0).values() if row["audio"] is None]
+    assert len(silent) == 1
+
+
+@pytest.mark.slow
+def test_held_out_scalars_follow_from_the_file(runs):
+    for step in (0, STEPS):
+        record = next(record for record in read_records(runs / "one")
+                      if record["step"] == step and "validation/loss_video" in record)
+        rows = read_rows(runs / "one", step, "ema").values()
+        means = [sum(row["audio"]) / 8 for row in rows if row["audio"]]
+        mean = sum(means) / len(means)
+        assert record["validation/loss_audio_ema"] == pytest.approx(mean)
+        spread = sum((x - mean) ** 2 for x in means) / (len(means) - 1)
+        assert record["validation/stderr_audio_ema"] == pytest.approx(
+            math.sqrt(spread / len(means)))
+        at_last = sum(row["video"][7] for row in rows) / len(rows)
+        assert record["validation_t/video_ema/0.94"] == pytest.approx(at_last)
+
+
+@pytest.mark.slow
+def test_samples_are_drawn_by_all_ranks_and_reach_tensorboard(runs):
+    names = ["00_validation000", "00_validation000_guidance1", "00_validation000_no_sound",
+             "01_validation001", "02_validation002"]
+    for step in (0, STEPS):
+        folder = runs / "two" / "samples" / f"step{step:08d}"
+        files = {path.name for path in folder.iterdir()}
+        assert files == {f"{name}.{end}" for name in names for end in ("mp4", "png", "gif", "wav")
+                         } | {"prompts.json"}
+    for name in names:  # the weights of step 0 are equal, so are the pictures
+        one, two = (runs / ranks / f"samples/step00000000/{name}.png" for ranks in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    page = (runs / "two" / "samples" / "index.html").read_text()
+    for place in re.findall(r'src="([^"]+)"', page):
+        assert (runs / "two" / "samples" / place).is_file()
+    assert "step 6" in page and "held-out clip" in page and "http" not in page
+    tags = read_events(runs / "two")[0].Tags()
+    assert {f"samples/{name}/sound" for name in names} == set(tags["audio"])
+    assert {f"samples/{name}/{kind}" for name in names for kind in ("clip", "sheet")} == set(
+        tags["images"])
+    assert not list((runs / "t2v" / "samples" / "step00000003").glob("*.wav"))
+
+
+@pytest.mark.slow
+def test_sound_is_stereo_and_the_settings_are_text(runs):
+    events, _ = read_events(runs / "one")
+    sound = events.Audio("samples/00_validation000/sound")[0]
+    assert sound.content_type == "audio/wav" and sound.encoded_audio_string[22] == 2  # channels
+    tags = events.Tags()["tensors"]
+    for name in ("run", "deepspeed", "data", "model", "environment", "parameters"):
+        assert f"config/{name}/text_summary" in tags
+    plugins = events.summary_metadata
+    assert any(value.plugin_data.plugin_name == "hparams" for value in plugins.values())
+    assert any(value.plugin_data.plugin_name == "custom_scalars" for value in plugins.values())
+
+
+@pytest.mark.slow
+def test_validate_only_writes_no_step_twice(runs):
+    before = (runs / "one" / "metrics.jsonl").read_text()
+    done = run([sys.executable, "train.py", f"{runs}/run.yaml", *WATCHED, f"run_dir={runs}/one",
+                "validate_only=true"])
+    assert re.search(r"step 6/6  held-out  video \d\.\d+ \+- \d\.\d+", done.stdout)
+    assert (runs / "one" / "metrics.jsonl").read_text() == before
+
+
+def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):
+    (tmp_path / "tb").write_text("a file where the folder should be")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricWriter(tmp_path, 1)
+    writer.scalars(1, {"train/loss": 1.0})
+    writer.scalars(2, {"train/loss": math.nan, "train/lr": 0.5})
+    assert writer.events.errors == 4  # both openings, both records
+    error = capsys.readouterr().err
+    assert error.count("TensorBoard is off") == error.count("cannot be written") == 1
+    (tmp_path / "metrics.jsonl").unlink()
+    writer.scalars(3, {"train/loss": 3.0})
+    assert read_records(tmp_path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/lr": 0.5},
+                                      {"step": 3, "train/loss": 3.0}]
+
+
+def test_a_failed_validation_names_itself_and_training_goes_on(capsys):
+    def fail(error: Exception):
+        raise error
+
+    from data.schema import DataError
+
+    alone, pair = (Bench(*[None] * 5, World(0, size, 0, size, "test"), None) for size in (1, 2))
+    assert alone.survive("validation", 7, lambda: 3) == 3
+    assert alone.survive("validation", 7, lambda: fail(RuntimeError("out of memory"))) is None
+    assert pair.survive("validation", 8, lambda: fail(DataError("shard gone"))) is None
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: validation at step 7 failed and training goes on: RuntimeError: out of memory",
+        "warning: validation at step 8 failed and training goes on: DataError: shard gone",
+    ]
+    with pytest.raises(RuntimeError):  # the other rank waits in a collective
+        pair.survive("validation", 9, lambda: fail(RuntimeError("out of memory")))
