@@ -1,7 +1,7 @@
 """Train AVFullDiT, or its T2V-only twin, from a YAML file.
 
     python train.py configs/playground.yaml                      # one device
-    bash launch/local.sh 8 configs/alt_merge_t2av.yaml           # one node
+    bash launch/local.sh configs/alt_merge_t2av.yaml             # one node
     sbatch launch/train.sbatch configs/alt_merge_t2av.yaml       # a cluster
     ... optimizer.lr=2e-5 run_dir=runs/other                     # any key of the YAML
 

@@ -17,6 +17,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -212,14 +214,14 @@ class Cluster:
             if found["JobState"] in ends or time.monotonic() > deadline:
                 raise AssertionError(
                     f"job {job} is {found['JobState']} ({found['Reason']}), not {state}:\n"
-                    f"{self.log(found)}")
+                    f"{self.log(found)[-8000:]}")
             time.sleep(0.3)
 
     def log(self, job: dict[str, str] | int) -> str:
         """What the job wrote."""
         found = job if isinstance(job, dict) else self.show(job)
         path = Path(found["StdOut"])
-        return path.read_text(errors="replace")[-8000:] if path.exists() else "(no log)"
+        return path.read_text(errors="replace") if path.exists() else "(no log)"
 
 
 def _wait_for(condition, seconds: float, what: str) -> None:
@@ -228,3 +230,8 @@ def _wait_for(condition, seconds: float, what: str) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds} s in vain for {what}")
         time.sleep(0.2)
+
+
+if __name__ == "__main__":  # python -m tests.slurm_cluster COMMAND: a shell on a private cluster
+    with tempfile.TemporaryDirectory(prefix="slurm") as place, Cluster(Path(place)) as private:
+        sys.exit(subprocess.run(sys.argv[1:], env=private.environment, check=False).returncode)

@@ -14,13 +14,22 @@ from tests.slurm_cluster import Cluster
 from tests.tiny import write_tangoflux, write_wan
 
 STEPS = 40
-# Before the test framework replaced sys.argv: a rank that dies where the file says so.
-CRASH = """import os, sys
-at = os.environ.get("TEST_CRASH")
-if at and sys.argv[:1] and "train.py" in " ".join(sys.orig_argv):
-    rank, code = at.split(":")
-    if os.environ.get("SLURM_PROCID") == rank or rank == "all":
+SLOW = {"TEST_STEP_SECONDS": "1"}
+# What Python reads first of all: a rank that dies at once, or whose steps take their time, so that
+# what must happen during a run does on any machine.
+CUSTOMIZE = """import os, sys, time
+if "train.py" in " ".join(sys.orig_argv):
+    rank, _, code = os.environ.get("TEST_CRASH", "").partition(":")
+    if rank in ("all", os.environ.get("SLURM_PROCID")):
         os._exit(int(code))
+    if os.environ.get("TEST_STEP_SECONDS"):
+        import torch
+        original, last = torch.optim.AdamW.step, [0.0]
+        def step(*arguments, **named):
+            time.sleep(max(0.0, last[0] + float(os.environ["TEST_STEP_SECONDS"]) - time.time()))
+            last[0] = time.time()
+            return original(*arguments, **named)
+        torch.optim.AdamW.step = step
 """
 
 
@@ -32,8 +41,8 @@ def write_assets(root: Path) -> Path:
     engine = json.loads((ROOT / "ds_configs" / "zero3_cpu.json").read_text())
     engine["train_micro_batch_size_per_gpu"] = 1  # one global batch for 1, 2 and 4 ranks
     (root / "engine.json").write_text(json.dumps(engine))
-    (root / "crash").mkdir()
-    (root / "crash" / "sitecustomize.py").write_text(CRASH)
+    (root / "customize").mkdir()
+    (root / "customize" / "sitecustomize.py").write_text(CUSTOMIZE)
     config = root / "tiny.yaml"
     config.write_text(
         f"run_dir: {root}/run\nwan: {root}/wan\ntangoflux: {root}/tangoflux\n"
@@ -68,7 +77,8 @@ class Runs:
             "--cpus-per-task=1", "--time=60", f"--job-name={name}",
             f"--output={self.root}/%x-%j.out", *options, "launch/train.sbatch", str(self.config),
             f"run_dir={self.run_dir(name)}", *overrides,
-            TORCH_EXTENSIONS_DIR=extensions(), OMP_NUM_THREADS="1", **environment,
+            TORCH_EXTENSIONS_DIR=extensions(), OMP_NUM_THREADS="1",
+            PYTHONPATH=f"{self.root}/customize:{ROOT}", **environment,
         )
 
     def steps(self, name: str) -> dict[int, float]:
@@ -85,7 +95,7 @@ class Runs:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"waited {seconds} s in vain:\n{self.slurm.log(job)}")
+                raise AssertionError(f"waited {seconds} s in vain:\n{self.slurm.log(job)[-8000:]}")
             time.sleep(0.2)
 
     def until_step(self, name: str, job: int, step: int) -> None:
