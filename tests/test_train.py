@@ -91,7 +91,7 @@ def test_same_losses_on_every_engine_and_world_size(runs, name):
     assert len(set(expected.values())) == STEPS  # it does train
 
 
-# Ten steps of these backbones and shards at seed 0: whatever only moves code leaves them as they are.
+# Ten steps of these backbones and shards at seed 0: what only moves code leaves them as they are.
 GOLDEN = {
     "train/loss_video": [2.062548, 2.097837, 2.036091, 2.013857, 1.939575, 1.973262, 1.919537,
                          1.898752, 1.846292, 1.871006],
