@@ -111,6 +111,8 @@ def run_engines(root, engines):
             }
     runs["ends"] = {"overrides": ["guard.max_skips=3"],
                     "fault": {"kind": "nan_loss", "rank": 1, "steps": list(range(5, 9))}}
+    runs["spiked"] = {"overrides": ["guard.spike=skip", "guard.spike_window=8"],
+                      "fault": {"kind": "spike", "rank": 1, "steps": [6]}}
     start_runs(root, 2, runs)
     return root / "runs"
 
@@ -150,6 +152,15 @@ def test_the_run_ends_on_every_rank_with_the_last_good_checkpoint(runs):
         assert f"last good checkpoint: {runs}/ends/checkpoints/step00000006" in text
         assert f"tools.replay {runs}/ends 7" in text
     assert status(runs / "ends")["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_spike_on_one_rank_is_kept_out_on_all(runs):
+    (told,) = lines(runs / "spiked" / "skips.jsonl")
+    assert (told["step"], told["kind"], told["applied"]) == (6, "spike", False)
+    for rank in (0, 1):
+        digests = [line["digest"] for line in lines(runs / f"spiked/weights_rank{rank}.jsonl")]
+        assert [n + 1 for n in range(1, 8) if digests[n] == digests[n - 1]] == [6]
 
 
 @pytest.mark.faults
