@@ -59,6 +59,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_min_interval=0
 MpiDefault=none
 ReturnToService=2
+FirstJobId={first_job}
 KillWait={kill_wait}
 MinJobAge=3600
 PreemptType=preempt/partition_prio
@@ -108,11 +109,14 @@ class Cluster:
         self.conf = folder / "slurm.conf"
         self.conf.write_text(CONF.format(
             user=user, folder=folder, port=ports[0], port1=ports[1], port2=ports[2], cores=CORES,
+            # Ports and folders of a job come from its number; two clusters must not share them.
+            first_job=1 + secrets.randbelow(10000),
             delay=REQUEUE_DELAY, grace=grace, kill_wait=kill_wait,
         ))
         # Counted, without a device file: the scripts ask for GPUs as they do on a real cluster.
         (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
-        self.environment = environment() | {"SLURM_CONF": str(self.conf)}
+        self.environment = environment() | {"SLURM_CONF": str(self.conf),
+                                             "SLURM_TMPDIR": str(folder / "tmp")}
         self.environment["PATH"] += ":/usr/sbin:/sbin"
 
     def __enter__(self) -> "Cluster":

@@ -7,6 +7,7 @@ training.preflight.
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import statistics
@@ -59,7 +60,8 @@ def measure_device(world: World) -> dict[str, Any]:
         name, memory = torch.cuda.get_device_name(device), free / 1e9
     else:
         device, size, dtype = torch.device("cpu"), 512, torch.float32
-        name, memory = "cpu", os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        name, memory = "cpu", int(available[1]) * 1024 / 1e9 if available else 0.0
     # Whole numbers, small enough to be exact in any order of summation.
     left = torch.randint(-2, 3, (size, size), device=device).to(dtype)
     times = []
