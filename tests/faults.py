@@ -88,7 +88,7 @@ class Ranks:
             for rank in range(processes)
         ]
 
-    def finish(self, timeout: float = 240) -> tuple[list[int], list[str]]:
+    def finish(self, timeout: float = 300) -> tuple[list[int], list[str]]:
         """(exit codes, outputs) of all ranks; kills what is left at the end of the time."""
         outputs = []
         for process in self.processes:

@@ -78,7 +78,7 @@ def test_a_crash_on_one_rank_ends_all_with_one_folder(tmp_path, kind, reason):
     root = write_world(tmp_path)
     ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run"],
                   {"kind": kind, "rank": 1, "steps": [5]})
-    codes, outputs = ranks.finish(200)
+    codes, outputs = ranks.finish()
     assert codes == [1, 1], outputs
     (folder,) = (root / "run" / "failures").iterdir()
     assert {path.name for path in folder.glob("*.stacks.txt")} == {
@@ -89,6 +89,6 @@ def test_a_crash_on_one_rank_ends_all_with_one_folder(tmp_path, kind, reason):
     assert last.startswith("error: rank 1:") and last.endswith(str(folder))
     assert ("train_micro_batch_size_per_gpu" in last) == (kind == "memory")
     # The run goes on from its last checkpoint.
-    codes, outputs = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run"]).finish(200)
+    codes, outputs = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run"]).finish()
     assert codes == [0, 0] and "resuming at step 3" in outputs[0]
     assert status(root / "run")["state"] == "done"

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from tests.faults import ENGINES, lines, start_runs, status, write_world
+from tests.faults import ENGINES, Ranks, lines, start_runs, status, write_world
 from training.distributed import World
 from training.guard import BadNumbersError, Drawn, Guard, GuardConfig
+from training.status import decide
 
 ALONE = World(0, 1, 0, 1, "alone")
 FAST = ("fp32_zero0", "fp32_zero3", "bf16_zero1", "bf16_zero2")
@@ -170,3 +171,15 @@ def test_every_other_engine_skips_too(tmp_path):
     for name in others:
         for kind, step in BAD.items():
             check_skip(runs / f"{name}_{kind}", kind, step)
+
+
+@pytest.mark.faults
+def test_the_process_exits_with_77_on_every_rank(tmp_path):
+    root = write_world(tmp_path)
+    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "guard.max_skips=2"],
+                  {"kind": "nan_gradient", "rank": 1, "steps": [4, 5]})
+    codes, outputs = ranks.finish()
+    assert codes == [77, 77], outputs
+    assert "error: rank 0: guard.max_skips=2 updates in a row were skipped" in outputs[0]
+    assert "checkpoints/step00000003" in outputs[0]
+    assert decide(root / "run", 77) == (False, "bad numbers")
