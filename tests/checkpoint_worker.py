@@ -6,7 +6,6 @@ PART: faults, exact, offload, or the folder that `exact` left on N ranks, exactN
 its name when it held; an assertion ends the process.
 """
 
-import gc
 import os
 import shutil
 import sys
@@ -18,7 +17,15 @@ import torch
 from torch import nn
 
 from training import checkpoint, engine, manifest, storage, tags
-from training.distributed import World, barrier, gather_objects, resolve_world, shutdown, start
+from training.distributed import (
+    World,
+    barrier,
+    gather_objects,
+    leave,
+    resolve_world,
+    shutdown,
+    start,
+)
 from training.ds_config import complete_ds_config
 from training.ema import EMA
 from training.run_dir import CheckpointError, lock_run
@@ -299,9 +306,9 @@ def main() -> None:
             exact(folder / "offload", world, list(OFFLOADED))
         else:  # the folder of another world size
             read_back(folder / part, world, names)
-    gc.collect()  # engines in reference cycles, while there still is a process group
     shutdown()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

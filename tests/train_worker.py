@@ -18,7 +18,7 @@ import torch
 import train
 from model.objective import Objective
 from training.config import load_config
-from training.distributed import resolve_world, shutdown, start
+from training.distributed import leave, resolve_world, shutdown, start
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -64,3 +64,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -6,13 +6,15 @@ leader of its own node. `resolve_world` is a pure function of the environment; `
 writes its answer back under torch's names so that DeepSpeed and streaming see one truth.
 """
 
+import atexit
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -210,3 +212,15 @@ def barrier(world: World) -> None:
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End the process without the interpreter's own teardown, which gloo's threads can abort.
+
+    DeepSpeed keeps references to groups that were destroyed, so their threads live on and may free
+    a tensor while Python goes down: SIGABRT after a run that was done (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
