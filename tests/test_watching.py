@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.launch import ROOT, environment, run, torchrun
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
+from tools import report
 from tools.watching import Bench
 from training.checkpoint import read_weights
 from training.distributed import World
@@ -62,11 +63,13 @@ deepspeed: {root}/zero2.json
 
 
 def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
-    spec = [{"config": f"{world}/run.yaml", "overrides": [f"run_dir={world}/{name}", *overrides]}
+    spec = [{"config": f"{world}/run.yaml",
+             "overrides": [f"run_dir={world}/{name.split(':')[0]}", *overrides]}
             for name, overrides in runs.items()]
     path = world / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    torchrun(processes, "tests/train_worker.py", str(path))
+    done = torchrun(processes, "tests/train_worker.py", str(path))
+    (world / f"said{processes}.txt").write_text(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,8 @@ def runs(world) -> Path:
     zero3 = [f"deepspeed={world}/zero3.json"]
     start(world, 2, {"two": [*WATCHED, *zero3], "two_blind": [*BLIND, *zero3]})
     start(world, 1, {
-        "one": WATCHED, "t2v": [*WATCHED, "task=t2v", "sample_every=3", "max_steps=3"]})
+        "one": WATCHED, "t2v": [*WATCHED, "task=t2v", "sample_every=3", "max_steps=3"],
+        "one:again": [*WATCHED, "validate_only=true"]})
     return world
 
 
@@ -227,11 +231,34 @@ def test_sound_is_stereo_and_the_settings_are_text(runs):
 
 @pytest.mark.slow
 def test_validate_only_writes_no_step_twice(runs):
-    before = (runs / "one" / "metrics.jsonl").read_text()
-    done = run([sys.executable, "train.py", f"{runs}/run.yaml", *WATCHED, f"run_dir={runs}/one",
-                "validate_only=true"])
-    assert re.search(r"step 6/6  held-out  video \d\.\d+ \+- \d\.\d+", done.stdout)
-    assert (runs / "one" / "metrics.jsonl").read_text() == before
+    said = (runs / "said1.txt").read_text().split("resuming at step 6")[1]
+    assert re.search(r"step 6/6  held-out  video \d\.\d+ \+- \d\.\d+", said)
+    check_record(runs, "one")
+    losses = [record for record in read_records(runs / "one") if "validation/loss_video" in record]
+    assert [record["step"] for record in losses] == [0, 3, STEPS]
+    assert f"video {losses[-1]['validation/loss_video']:.4f}" in said
+    for line in ("budget: 0 steps to go", "held-out video       first", "python -m tools.report"):
+        assert line in said
+
+
+@pytest.mark.slow
+def test_every_rank_leaves_a_log(runs):
+    logs = [(runs / "two" / "logs" / f"rank0000{rank}.log").read_text() for rank in (0, 1)]
+    assert "step 6/6  loss" in logs[0] and "rank 1 of 2" in logs[1]
+
+
+@pytest.mark.slow
+def test_report_of_two_runs_is_one_file_that_opens_offline(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", str(runs / "one"), str(runs / "t2v"), "--reference",
+                                     str(runs / "two" / "metrics.jsonl"), "--overlay"])
+    assert report.main() == 0
+    page = (runs / "one" / "report.html").read_text()
+    places = re.findall(r'(?:src|href)="([^"]{5})', page)
+    assert places and all(place in ("data:", "#m") or place.startswith("#") for place in places)
+    for text in ("Paired difference, B minus A", "held-out video loss", "A: one", "B: t2v",
+                 "samples per second", "<summary>run.json", "data:video/mp4;base64"):
+        assert text in page, text
+    assert (runs / "one" / "tb" / "reference_metrics").is_dir()
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):

@@ -39,7 +39,7 @@ SCALARS = {
     "memory/peak_gib": "device memory in use at most; 0 on a CPU",
     "memory/reserved_gib": "device memory held by torch at most; 0 on a CPU",
     "memory/host_rss_gib": "resident memory of rank 0",
-    "health/update_ratio_{part}": "|update| / |weights|",
+    "health/update_ratio_{part}": "size of the last update against that of the weights",
     "health/activation_{part}": "RMS of a part's last tokens on held-out samples at t = 0.5",
     "health/attention_audio_to_video/{layer}": "share of audio's attention that lies on video",
     "health/attention_video_to_audio/{layer}": "share of video's attention that lies on audio",

@@ -1,0 +1,159 @@
+"""The plots of a run report, as inline SVG. Called by tools.report."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+from tools.paired import bootstrap, differences, steps_of
+from training.metrics import read_records
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 the backend comes first
+
+COLOURS = ("#1b6ca8", "#d1495b", "#7a7a7a", "#b08900")
+SIZE = (5.6, 3.2)  # inches
+
+
+class Curves(NamedTuple):
+    """One run's numbers, and how it is drawn."""
+
+    label: str
+    colour: str
+    style: str  # "-", or "--" for a reference
+    records: list[dict[str, Any]]
+    restarts: list[int]
+
+    def points(self, tag: str) -> tuple[np.ndarray, np.ndarray]:
+        found = [(record["step"], record[tag]) for record in self.records if tag in record]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return np.array(steps), np.array(values, dtype=float)
+
+
+def load_curves(run_dir: Path, place: int, restarts: list[int], label: str) -> Curves:
+    return Curves(label, COLOURS[place % len(COLOURS)], "-", read_records(run_dir), restarts)
+
+
+def svg(figure: Any) -> str:
+    """A figure as an <svg> element, and closed."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg"):]
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over a window that ends at each value."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    begins = np.maximum(np.arange(len(values)) - width + 1, 0)
+    return (sums[1:] - sums[begins]) / (np.arange(len(values)) - begins + 1)
+
+
+def plot_tags(
+    runs: Sequence[Curves], tags: Mapping[str, str], title: str, log: bool = False,
+    restarts: bool = False,
+) -> str:
+    """One plot: ``tags`` maps a tag to its name; colours are runs, line styles are tags."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    styles = ("-", "--", ":", "-.")
+    for run in runs:
+        for place, (tag, name) in enumerate(tags.items()):
+            steps, values = run.points(tag)
+            if not len(steps):
+                continue
+            label = " ".join(filter(None, (run.label if len(runs) > 1 else "", name)))
+            colour = run.colour if len(runs) > 1 else COLOURS[place % len(COLOURS)]
+            style = styles[place % 4] if len(runs) > 1 else run.style
+            axes.plot(steps, values, style, color=colour, alpha=0.25 if len(steps) > 60 else 1.0,
+                      linewidth=1.2, label=None if len(steps) > 60 else label)
+            if len(steps) > 60:
+                axes.plot(steps, smooth(values, max(5, len(steps) // 40)), style, color=colour,
+                          linewidth=1.6, label=label)
+        for step in run.restarts if restarts else ():
+            axes.axvline(step, color=run.colour, linewidth=0.8, linestyle=":")
+    return _finish(figure, axes, title, "step", log)
+
+
+def plot_held_out(runs: Sequence[Curves], modality: str) -> str:
+    """Held-out loss over steps, with the band of its standard error."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    for run in runs:
+        for suffix, style in (("", "-"), ("_ema", "--")):
+            steps, values = run.points(f"validation/loss_{modality}{suffix}")
+            _, errors = run.points(f"validation/stderr_{modality}{suffix}")
+            if not len(steps):
+                continue
+            label = f"{run.label} {suffix[1:]}".strip()
+            axes.plot(steps, values, style, marker="o", markersize=3, color=run.colour,
+                      label=label)
+            if len(errors) == len(values):
+                axes.fill_between(steps, values - errors, values + errors, color=run.colour,
+                                  alpha=0.15, linewidth=0)
+    return _finish(figure, axes, f"held-out {modality} loss, +- standard error", "step", False)
+
+
+def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
+    """The first and the last held-out loss at each t."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    for run in runs:
+        prefix = f"validation_t/{modality}/"
+        found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
+        for record, style in zip(found[:1] + found[-1:], (":", "-"), strict=False):
+            points = {float(tag.removeprefix(prefix)): value for tag, value in record.items()
+                      if tag.startswith(prefix)}
+            axes.plot(list(points), list(points.values()), style, marker="o", markersize=3,
+                      color=run.colour, label=f"{run.label} step {record['step']}")
+    return _finish(figure, axes, f"held-out {modality} loss by t", "t (1 is noise)", True)
+
+
+def plot_attention(run: Curves) -> str:
+    """The last attention mass between the modalities per joint layer; "" without any."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    drawn = False
+    for place, way in enumerate(("audio_to_video", "video_to_audio")):
+        prefix = f"health/attention_{way}/layer"
+        found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
+        for record, style in zip(found[:1] + found[-1:], (":", "-"), strict=False):
+            points = {int(tag.removeprefix(prefix)): value for tag, value in record.items()
+                      if tag.startswith(prefix)}
+            axes.plot(list(points), list(points.values()), style, marker="o", markersize=3,
+                      color=COLOURS[place], label=f"{way.replace('_', ' ')}, step {record['step']}")
+            drawn = True
+    if not drawn:
+        plt.close(figure)
+        return ""
+    return _finish(figure, axes, f"attention mass per joint layer: {run.label}", "layer", False)
+
+
+def plot_difference(run_a: Path, run_b: Path, steps: list[int]) -> str:
+    """Paired difference of the video's held-out loss over the steps that both runs have."""
+    figure, axes = plt.subplots(figsize=SIZE)
+    found = [(step, bootstrap(values.mean(axis=1))) for step in steps
+             if len(values := differences(run_a, run_b, step))]
+    means = [difference.mean for _, difference in found]
+    reach = [[d.mean - d.low for _, d in found], [d.high - d.mean for _, d in found]]
+    axes.errorbar([step for step, _ in found], means, yerr=reach, fmt="o-", color=COLOURS[0],
+                  capsize=3, markersize=3)
+    axes.axhline(0, color="#999", linewidth=0.8)
+    return _finish(figure, axes, "held-out video loss, B minus A, per sample (95 %)", "step", False)
+
+
+def shared_steps(run_a: Path, run_b: Path) -> list[int]:
+    return sorted(set(steps_of(run_a)) & set(steps_of(run_b)))
+
+
+def _finish(figure: Any, axes: Any, title: str, x_label: str, log: bool) -> str:
+    if log and any(line.get_ydata().size and np.min(line.get_ydata()) > 0 for line in axes.lines):
+        axes.set_yscale("log")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
+    return svg(figure)
