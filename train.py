@@ -35,10 +35,12 @@ from training import engine as ds
 from training.card import write_start
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import ConfigError, load_config
+from training.console import budget, rank_log, summary
 from training.distributed import (
     World,
     WorldError,
     broadcast_object,
+    leave,
     resolve_world,
     shutdown,
     start,
@@ -47,7 +49,7 @@ from training.ema import EMA
 from training.guard import EXIT_CODE as BAD_NUMBERS
 from training.guard import BadNumbersError, Drawn
 from training.health import Health, group_places
-from training.metrics import Clock, MetricWriter, format_seconds
+from training.metrics import Clock, MetricWriter
 from training.resume import check_resume, describe_run
 from training.run_dir import CheckpointError, lock_run
 from training.safety import Agreed, Safety
@@ -57,6 +59,7 @@ from training.watch import Scale, Watch
 # One line says it all, the same on every rank: no traceback, no folder of failures.
 EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
 EXIT_SECONDS = 120
+BUDGET_AGAIN = 20  # steps after a start, when the first slow one no longer counts
 
 
 def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
@@ -114,7 +117,8 @@ def rate_factor(step: int, config: RunConfig) -> float:
 def run(config: RunConfig, plan: Plan, world: World) -> None:
     """One start of the run, with its guards around it."""
     lock = lock_run(Path(config.run_dir), world)
-    with Safety(dataclasses.asdict(config), config.watchdog, world, EXPECTED) as safety:
+    with rank_log(Path(config.run_dir), world), \
+            Safety(dataclasses.asdict(config), config.watchdog, world, EXPECTED) as safety:
         train(config, plan, world, safety)
     if lock:
         lock.close()
@@ -175,6 +179,10 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         stitched = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
         writer.say(f"stitch self-check: deviation from the backbones {describe(stitched)}")
 
+    means = (config.max_steps, config.keep_checkpoints, ds.count_parameters(model.parameters()),
+             ema is not None, os.environ)
+    if world.is_main:
+        writer.say(budget(run_dir, first, *means))
     step, epoch, clock, began = first, 0, Clock(), Clock()
     while True:
         done = step >= config.max_steps or config.validate_only or safety.stop is not None
@@ -219,13 +227,16 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             shares, slowest = safety.straggler.compare(watch.here)
             values = watch.record(step, epoch, clock.tick(watch.here, safety.spent), safety.spent)
             writer.step(step, values | shares, clock, slowest)
+        if world.is_main and step == first + BUDGET_AGAIN:
+            writer.say(budget(run_dir, step, *means))
         if step % config.health_every == 0:
             moved = watch.health_record()
             with safety.phase("validation"):
                 inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
             writer.scalars(step, moved | (inside or {}))
-    writer.say(f"{safety.finish(step)} after {format_seconds(began.tick())}; "
-               f"run directory {run_dir}")
+    ended = safety.finish(step)
+    if world.is_main:
+        writer.say(summary(run_dir, ended, began.tick()))
     writer.close(step, dataclasses.asdict(config))
     loader.close()  # its processes would keep a job step alive
 
@@ -279,4 +290,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
