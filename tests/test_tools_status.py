@@ -87,6 +87,13 @@ def test_a_run_that_died_in_silence_is_doubted(folder):
     assert "ended with exit 137 60 s ago, unexpectedly" in report(read_run(folder))
 
 
+def test_a_start_that_has_not_got_so_far_and_a_cancelled_job(folder):
+    os.utime(folder / "status.json", (time.time() - 400,) * 2)  # of the start before
+    assert "state       starting, running before" in report(read_run(folder))
+    write_status(folder, "preempted")  # scancel ends the script too: no END follows
+    assert "state       preempted, last sign 0 s ago" in report(read_run(folder))
+
+
 def test_the_requeue_that_was_decided_is_shown(folder):
     assert decide(folder, 1)[0]
     assert "requeued by the job itself 2 times" in report(read_run(folder))

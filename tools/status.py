@@ -99,11 +99,14 @@ def describe_state(run: Run) -> str:
     last = run.jobs[-1] if run.jobs else {}
     if last.get("event") == "END" and state == "running":
         return f"ended with exit {last['exit']} {ago(run.now - last['time'])} ago, unexpectedly"
-    if last.get("event") == "START" and state not in ("running", "failed"):
-        return f"starting again, {state} before; silent for {ago(silent)}"
+    status = run.path / "status.json"
+    starting = last.get("event") == "START" and not (
+        status.exists() and status.stat().st_mtime >= last["time"])
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
-    if state == "running" and silent > max(SILENT_SECONDS, 10 * period):
+    if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
         return f"running?  NO SIGN FOR {ago(silent)}: the job may be dead"
+    if starting:
+        return f"starting, {state} before; last sign {ago(silent)} ago"
     reason = f": {run.status['reason']}" if run.status.get("reason") else ""
     return f"{state}{reason}, last sign {ago(silent)} ago"
 
