@@ -47,7 +47,7 @@ class Fault:
 
     @property
     def due(self) -> bool:
-        return self.rank in (self.spec["rank"], None) and self.step in self.spec["steps"]
+        return self.spec["rank"] in (self.rank, "all") and self.step in self.spec["steps"]
 
     def patched_step(self, engine: Any, step: int, *rest: Any) -> Any:
         self.step = step
@@ -77,7 +77,6 @@ class Fault:
             for _ in range(3):  # Slurm sends them more than once
                 os.kill(os.getpid(), getattr(signal, kind))
         elif kind == "group":  # Slurm signals every process of a job
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             os.killpg(os.getpgrp(), signal.SIGUSR1)
             os.killpg(os.getpgrp(), signal.SIGTERM)
         elif kind == "crash":

@@ -1,6 +1,8 @@
 """Tiny worlds and real ranks for the tests of what goes wrong (see tests/fault_worker.py)."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -96,7 +98,7 @@ class Ranks:
                 left = timeout - (time.monotonic() - self.began)
                 outputs.append(process.communicate(timeout=max(left, 1))[0])
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # its workers hold the pipe open
                 outputs.append(process.communicate()[0])
         return [process.returncode for process in self.processes], outputs
 

@@ -119,7 +119,7 @@ def test_a_signal_to_every_process_leaves_the_loaders_workers_alive(tmp_path):
     """As Slurm does it: USR1 and TERM to each rank, its forkserver and its workers, at once."""
     root = write_world(tmp_path)
     ranks = Ranks(2, [f"{root}/run.yaml", "data.num_workers=2", "max_steps=2000",
-                      f"run_dir={root}/run"], {"kind": "group", "rank": None, "steps": [3]})
+                      f"run_dir={root}/run"], {"kind": "group", "rank": "all", "steps": [3]})
     codes, outputs = ranks.finish()
     assert codes == [0, 0], outputs
     assert status(root / "run")["state"] == "preempted" and status(root / "run")["step"] == 3
