@@ -26,7 +26,7 @@ from types import TracebackType
 from tests.launch import ROOT, environment
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "setpriv")
-CORES = 4  # per node, as Slurm counts; the machine has what it has
+CORES = 4  # per node, and GPUs, as Slurm counts; the machine has what it has
 # Measured: a requeued job waits as long as a credential lives (120 s where nothing is set).
 REQUEUE_DELAY = 10
 
@@ -64,7 +64,7 @@ KillWait={kill_wait}
 MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT CPUs={cores} RealMemory=2000 Gres=gpu:2
+NodeName=DEFAULT CPUs={cores} RealMemory=2000 Gres=gpu:{cores}
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port1}
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port2}
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime={grace}
@@ -98,7 +98,7 @@ class Cluster:
         self.folder = folder
         self.daemons: dict[str, subprocess.Popen] = {}
         ports = _free_ports(3)
-        for name in ("munge", "state", "spool-n1", "spool-n2"):
+        for name in ("munge", "state", "spool-n1", "spool-n2", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # munged refuses a socket that others cannot reach
         (folder / "munge").chmod(0o755)
@@ -113,8 +113,9 @@ class Cluster:
             first_job=1 + secrets.randbelow(10000),
             delay=REQUEUE_DELAY, grace=grace, kill_wait=kill_wait,
         ))
-        # Counted, without a device file: the scripts ask for GPUs as they do on a real cluster.
-        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+        # Not GPUs, but counted: the scripts ask for them as they do on a real cluster.
+        devices = ("null", "zero", "full", "random")
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File=/dev/{x}\n" for x in devices))
         self.environment = environment() | {"SLURM_CONF": str(self.conf),
                                              "SLURM_TMPDIR": str(folder / "tmp")}
         self.environment["PATH"] += ":/usr/sbin:/sbin"
