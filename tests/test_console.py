@@ -1,0 +1,75 @@
+"""The words at the start and the end of a run, rank logs, and event files cut back to a step."""
+
+import json
+import sys
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training.console import budget, rank_log, summary
+from training.distributed import World
+from training.events import Events, drop_from, flatten
+
+
+def write_records(run_dir, *records: dict) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (run_dir / "metrics.jsonl").write_text(lines)
+
+
+def test_budget_of_a_fresh_start_knows_the_disk_and_no_time(tmp_path):
+    line = budget(tmp_path, 0, 100, 2, 1_000_000_000, True, {})
+    assert line.startswith("budget: 100 steps to go; a checkpoint takes 16.00 GB, ")
+    assert budget(tmp_path, 0, 100, 2, 10**15, False, {}).endswith("3 are wanted: make room")
+
+
+def test_budget_of_a_resumed_run_names_hours_and_requeues(tmp_path):
+    write_records(tmp_path, *({"step": s, "time/step_seconds": 36.0} for s in range(60)))
+    end = str(int(time.time()) + 3 * 3600)
+    line = budget(tmp_path, 60, 1060, 2, 1000, False, {"SLURM_JOB_END_TIME": end})
+    assert "1000 steps to go at 36.00 s, 10.0 h of the 3.0 h that this job has left" in line
+    assert "about 3 requeues" in line
+    tag = tmp_path / "checkpoints" / "step00000060"
+    tag.mkdir(parents=True)
+    (tag / "weights").write_bytes(b"x" * 20_000_000)
+    assert "a checkpoint takes 0.02 GB" in budget(tmp_path, 60, 61, 2, 1, False, {})
+
+
+def test_summary_names_first_last_and_best(tmp_path):
+    write_records(tmp_path, *({"step": s, "validation/loss_video": v}
+                              for s, v in ((0, 3.0), (5, 1.5), (10, 2.0))))
+    text = summary(tmp_path, "done: step 10", 61)
+    assert "done: step 10 after 0:01:01" in text
+    assert "first 3.0000  last 2.0000  best 1.5000 at step 5" in text
+    assert f"python -m tools.report {tmp_path}" in text
+
+
+def test_a_rank_log_holds_what_was_said_and_what_ended_the_rank(tmp_path, capsys):
+    for word in ("one", "two"):
+        with pytest.raises(RuntimeError), rank_log(tmp_path, World(3, 4, 1, 2, "test")):
+            print(word)
+            print("aside", file=sys.stderr)
+            raise RuntimeError(f"the end of {word}")
+    text = (tmp_path / "logs" / "rank00003.log").read_text()
+    assert text.count("rank 3 of 4") == 2 and text.count("aside") == 2
+    assert text.index("one") < text.index("the end of one") < text.index("\ntwo\n")
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_event_files_are_cut_back_also_behind_a_torn_record(tmp_path):
+    for first in (0, 3):
+        events = Events(tmp_path, first)
+        for step in range(first, 5):
+            events.scalars(step, {"a": float(step + 10 * first)})
+        events.close()
+    path = max(tmp_path.glob("events*"), key=lambda file: file.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes()[:-7])  # a kill in the middle of a write
+    drop_from(tmp_path, 4)
+    reader = EventAccumulator(str(tmp_path), purge_orphaned_data=False)
+    reader.Reload()
+    assert [(e.step, e.value) for e in reader.Scalars("a")] == [(0, 0), (1, 1), (2, 2), (3, 33)]
+
+
+def test_settings_become_flat_names():
+    assert flatten({"a": {"b": 1, "c": None}, "d": [1, 2], "e": True}) == {
+        "a.b": 1, "a.c": "None", "d": "[1, 2]", "e": True}
