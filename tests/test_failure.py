@@ -49,8 +49,8 @@ def test_what_explains_itself_leaves_no_folder(tmp_path):
 
 def test_the_first_rank_to_fail_gives_the_alarm(tmp_path):
     first = Failure(tmp_path, {}, ALONE)
-    second = Failure(tmp_path, {}, World(1, 2, 1, 2, "other"))
-    second.folder = first.folder
+    second = Failure(tmp_path, {}, ALONE)
+    second.folder, second.world = first.folder, World(1, 2, 1, 2, "other")
     first.write("the cause", 1)
     second.write("a consequence", 76)
     code, words = second.read_alarm()

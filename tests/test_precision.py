@@ -25,7 +25,7 @@ def test_shipped_files_say_it_themselves(path):
         assert values["data_types"]["grad_accum_dtype"] == "fp32"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_accumulated_and_reduced_in_fp32(tmp_path):
     shipped = {path.stem: path for path in (ROOT / "ds_configs").glob("*.json")
                if path.stem not in LEFT_OUT}

@@ -21,7 +21,7 @@ def test_alone_it_tells_both_parts():
     assert straggler.compare(1)[0]["time/data_seconds"] == 0  # a period of its own
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_slow_rank_is_named_with_its_node(tmp_path):
     """Rank 1 sleeps in its forward passes; every rank's step takes as long."""
     root = write_world(tmp_path)

@@ -51,7 +51,7 @@ def test_a_phase_over_its_budget_ends_with_76_and_stacks(tmp_path):
     assert str(folder) in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_within_its_budgets_it_does_nothing(tmp_path):
     done, _ = start(tmp_path, "compute", "leave")
     assert done.returncode == 0 and "left in order" in done.stdout
