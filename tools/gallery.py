@@ -43,7 +43,7 @@ def write_gallery(samples: Path, title: str) -> Path:
             captions |= json.loads(path.read_text(encoding="utf-8"))
     names = sorted({clip.stem for folder in columns for clip in folder.glob("*.mp4")})
     head = "".join(f"<th>{_column(folder.name)}</th>" for folder in columns)
-    rows = "".join(_row(name, captions.get(name, ""), columns, samples) for name in names)
+    rows = "".join(_row(name, _caption(name, captions), columns, samples) for name in names)
     title = html.escape(title)
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>{STYLE}</style><h1>Samples of {title}</h1>
@@ -56,6 +56,11 @@ picture. One clip plays with its sound, several play muted.</p>
     index = samples / "index.html"
     index.write_text(page, encoding="utf-8")
     return index
+
+
+def _caption(name: str, captions: dict[str, str]) -> str:
+    """A variant is named after its prompt."""
+    return next((said for prompt, said in captions.items() if name.startswith(prompt)), "")
 
 
 def _column(folder: str) -> str:

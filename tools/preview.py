@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 
 from data.dataset import HeldOut
@@ -62,7 +61,7 @@ class Drawn(NamedTuple):
 
 
 def draw_previews(
-    preview: Preview, engine: deepspeed.DeepSpeedEngine, step: int, world: World,
+    preview: Preview, engine: Any, step: int, world: World,
     on_clip: Callable[[], None],
 ) -> Path | None:
     """Draw, decode and write RUN/samples/stepXXXXXXXX; a collective.
@@ -113,7 +112,7 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _draw(
-    preview: Preview, engine: deepspeed.DeepSpeedEngine,
+    preview: Preview, engine: Any,
     prompts: list[tuple[Batch, dict[str, Any]]], world: World, on_clip: Callable[[], None],
 ) -> list[Drawn]:
     """This rank's clips. All ranks go through the same rounds: some draw a clip they drop."""
