@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Built once per checkout, next to the environment that built it.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart test test-data test-faults test-slurm lint install clean
+.PHONY: quickstart test test-faults test-slurm lint install clean
 
 install: $(STAMP)
 
@@ -29,7 +29,7 @@ lint: $(STAMP)
 
 # Two test files side by side; a file stays in one process, which trains once for all its tests.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow_data and not faults and not slurm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not slurm"
 
 # Killed, hung, starved and signalled training; at most 25 minutes on 2 cores.
 test-faults: $(STAMP)
@@ -38,9 +38,6 @@ test-faults: $(STAMP)
 # launch/ on a private Slurm of two nodes; needs root, slurm-wlm and munge; at most 25 minutes.
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -m slurm
-
-test-data: $(STAMP)
-	$(BIN)/python -m pytest -m slow_data
 
 clean:
 	rm -rf runs .cache

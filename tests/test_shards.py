@@ -19,7 +19,7 @@ from tests.ranks import Job, global_batches, read_job, run_job, spoil
 TRAIN, HELD, STEPS = 26, 5, 12  # two epochs of 6 batches of 4
 # Workers of several ranks start a server each, which imports torch: the slow ones of the matrix.
 MATRIX = pytest.mark.parametrize("kind, workers, world", [
-    pytest.param(kind, workers, world, marks=pytest.mark.slow_data if workers * world == 4 else ())
+    pytest.param(kind, workers, world, marks=pytest.mark.faults if workers * world == 4 else ())
     for kind in ("bad", "missing", "truncated") for workers in (0, 2) for world in (1, 2)
 ])
 
