@@ -94,9 +94,9 @@ def run_job(job: Job) -> list[dict[str, Any]]:
              for rank in range(job.world)]
     for process in ranks:
         process.start()
-    read = dict(results.get(timeout=120) for _ in ranks)
+    read = dict(results.get(timeout=300) for _ in ranks)
     for process in ranks:
-        process.join(30)
+        process.join(120)
     assert [process.exitcode for process in ranks] == [0] * job.world
     return [read[rank] for rank in range(job.world)]
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from streaming.base.shared import prefix as streaming_prefix
 
 from data import node
 from data.dataset import HeldOut, build_loader
@@ -36,9 +37,21 @@ def names(number):
     return sorted(str(path) for place in places for path in place.glob(f"*{number}*"))
 
 
+def look_together(barrier):
+    """All jobs have looked for a free number before any of them takes its own."""
+    look = streaming_prefix._check_and_find_retrying
+
+    def look_and_wait(*arguments, **more):
+        found = look(*arguments, **more)
+        barrier.wait(120)
+        return found
+
+    streaming_prefix._check_and_find_retrying = look_and_wait
+
+
 def job(root, barrier, results, hold):
     """A job of its own: it reads, tells its number, and lives until the file `hold` is there."""
-    barrier.wait(120)
+    look_together(barrier)
     config = DataConfig(str(root), num_workers=0, cache_limit="1gb")
     ids = next(build_loader(config, 4, 0, 1, 3))[1].sample_ids
     held_out = HeldOut(config)
@@ -50,12 +63,12 @@ def job(root, barrier, results, hold):
 
 
 def start(context, shards, count, hold):
-    barrier, results = context.Barrier(count), context.Queue()
-    jobs = [context.Process(target=job, args=(shards, barrier, results, hold))
-            for _ in range(count)]
+    barrier = context.Barrier(count)
+    results = [context.Queue() for _ in range(count)]  # a killed process may hold its queue's lock
+    jobs = [context.Process(target=job, args=(shards, barrier, queue, hold)) for queue in results]
     for process in jobs:
         process.start()
-    return jobs, results, [results.get(timeout=120) for _ in jobs]
+    return jobs, results, [queue.get(timeout=120) for queue in results]
 
 
 def test_jobs_that_start_at_once_do_not_meet(context, shards, tmp_path):
@@ -84,7 +97,7 @@ def test_leftovers_of_a_killed_job_go_and_those_of_a_live_one_stay(context, shar
     assert names(number_of[killed.pid]) == []
     assert names(number_of[alive.pid]) == kept and kept
     (tmp_path / "go").touch()
-    assert results.get(timeout=120)[1] == number_of[alive.pid]  # it can still read
+    assert results[1].get(timeout=120)[1] == number_of[alive.pid]  # it can still read
     alive.join(120)
     assert alive.exitcode == 0
 
