@@ -233,9 +233,11 @@ def test_pair_submits_twins_with_one_seed(runs, slurm):
         "bash", "launch/pair.sbatch", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1",
         "--cpus-per-task=1", f"--output={runs.root}/%x-%j.out", f"{runs.root}/twin", "max_steps=4",
         TORCH_EXTENSIONS_DIR=extensions(), OMP_NUM_THREADS="1")
-    jobs = [int(line.split("job ")[1].split(",")[0]) for line in said.splitlines()[:2]]
+    jobs = [int(line.split("job ")[1].split(",")[0]) for line in said.splitlines()]
+    assert slurm.show(jobs[2])["JobState"] == "PENDING"  # the report, until both are done
     for job in jobs:
         slurm.wait(job, "COMPLETED", 400)
+    assert (runs.root / "twin_t2av" / "report.html").is_file(), slurm.log(jobs[2])
     configs = [json.loads((runs.root / f"twin_{task}/config/run.json").read_text())
                for task in ("t2av", "t2v")]
     differ = {key for key in configs[0] if configs[0][key] != configs[1][key]}
