@@ -1,4 +1,5 @@
-"""Checkpoints under faults on real ranks and engines; the checks are in checkpoint_worker.py."""
+"""Checkpoints under faults on real ranks and engines; the checks are in
+checkpoint_worker.py and checkpoint_faults.py."""
 
 import os
 import pickle
@@ -27,7 +28,7 @@ ALONE = World(0, 1, 0, 1, "alone")
 
 @pytest.mark.slow
 def test_faults_on_two_ranks(tmp_path):
-    done = torchrun(2, WORKER, str(tmp_path), "faults")
+    done = torchrun(2, "tests/checkpoint_faults.py", str(tmp_path))
     for name in (
         "second writer refused",
         "fresh start",
