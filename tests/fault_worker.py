@@ -23,7 +23,7 @@ import train
 from experiment import RunConfig, build_plan
 from model.objective import Objective
 from training.config import load_config
-from training.distributed import resolve_world, shutdown, start
+from training.distributed import leave, resolve_world, shutdown, start
 from training.guard import BadNumbersError
 from training.shards import find_shards
 
@@ -122,6 +122,7 @@ if __name__ == "__main__":
     injected = Fault()
     if sys.argv[1] == "--runs":
         run_all(Path(sys.argv[2]), injected)
+        leave(0)
     else:
         injected.spec |= json.loads(os.environ.get("FAULT", "{}"))
-        sys.exit(train.main(sys.argv[1:]))
+        leave(train.main(sys.argv[1:]))
