@@ -234,7 +234,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             with safety.phase("validation"):
                 inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
             writer.scalars(step, moved | (inside or {}))
-    ended = safety.finish(step)
+    ended = safety.finish(step, config.validate_only)
     if world.is_main:
         writer.say(summary(run_dir, ended, began.tick()))
     writer.close(step, dataclasses.asdict(config))

@@ -105,8 +105,11 @@ class Safety:
         kept = values[: len(sums)] if applied else [0.0] * len(sums)
         return Agreed(kept, applied, said)
 
-    def finish(self, step: int) -> str:
+    def finish(self, step: int, validate_only: bool = False) -> str:
         """Leave the run's status for whoever started it; how it ended, in words."""
+        if validate_only:  # nothing was trained: a batch script must not go on from here
+            self.status("stopped", step=step, reason="validate_only")
+            return f"validated: step {step}"
         if self.stop is None:
             self.status("done", step=step)
             return f"done: step {step}"
