@@ -20,7 +20,7 @@ from tests.checkpoint_worker import (
     build,
 )
 from training import engine as ds
-from training.distributed import World, resolve_world, shutdown, start, sum_over_ranks
+from training.distributed import World, leave, resolve_world, shutdown, start, sum_over_ranks
 from training.health import Health, group_places
 from training.shards import find_shards, parameter_shapes
 
@@ -120,3 +120,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # as train.py does: an interpreter that winds down under gloo may abort

@@ -211,7 +211,7 @@ def read_weights(
     """
     tags = {int(tag.name[4:]): tag for tag in complete_tags(Path(run_dir))}
     if not tags:
-        raise CheckpointError(f"{run_dir}: no complete checkpoint under checkpoints/; train first")
+        raise CheckpointError(f"{run_dir}/checkpoints: no complete checkpoint; train first")
     step = max(tags) if step is None else step
     if step not in tags:
         raise CheckpointError(f"step={step} has no checkpoint; there are {sorted(tags)}")

@@ -74,7 +74,7 @@ class Meeting:
                     reports[rank] = json.loads(self.store.get(f"{stage}/{rank}"))
                     waiting.discard(rank)
             time.sleep(0.05)
-        return reports, sorted(waiting)
+        return dict(sorted(reports.items())), sorted(waiting)
 
     def silent(self, ranks: list[int], doing: str) -> dict[str, list[str]]:
         """Blame for the nodes of ranks that did not answer."""
