@@ -147,11 +147,11 @@ def exact(folder: Path, world: World, names: list[str]) -> None:
 
 
 def read_back(folder: Path, world: World, names: list[str]) -> None:
-    """Each of `names`, saved by `exact` on some world size, is resumed by each on this one."""
-    for saved in names:
+    """Each of `names`, saved by `exact` on another world size, resumed by itself and the next."""
+    for index, saved in enumerate(names):
         _, weights = checkpoint.read_weights(folder / saved)
         _, average = checkpoint.read_weights(folder / saved, ema=True)
-        for name in names:
+        for name in (saved, names[(index + 1) % len(names)]):
             copy = folder / f"{saved}_{name}_{world.world_size}"
             if world.is_main:
                 shutil.copytree(folder / saved, copy)

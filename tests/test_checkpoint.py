@@ -72,7 +72,7 @@ def check_losses(output: str, names: list[str]) -> None:
 
 
 @pytest.mark.faults
-def test_every_engine_resumes_every_other_on_1_2_and_4_ranks(tmp_path):
+def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
     from tests.checkpoint_worker import ENGINES
 
     before: dict[str, list[list[float]]] = {}
