@@ -28,6 +28,7 @@ from data.schema import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
 DIGITS = 3  # a job may open 10**DIGITS data sets
+_opened = itertools.count()  # by this process; ranks open the same ones in the same order
 
 
 @functools.cache
@@ -58,8 +59,11 @@ def job_folder() -> Path:
 
 @contextlib.contextmanager
 def own_shared_memory() -> Iterator[None]:
-    """Within it streaming takes its names from this job's own numbers."""
-    first, original = job_number() * 10**DIGITS, streaming_prefix._each_prefix_int
+    """Within it streaming takes its names from this job's own numbers, a fresh one each time.
+
+    With the job's first, streaming would look at every number before its own and keep them open.
+    """
+    first, original = job_number() * 10**DIGITS + next(_opened), streaming_prefix._each_prefix_int
     streaming_prefix._each_prefix_int = lambda: itertools.count(first)
     try:
         yield

@@ -6,6 +6,7 @@ stand-in packages with their layout, signature and return; the real kernels run 
 
 import inspect
 import math
+import sys
 
 import pytest
 import torch
@@ -114,9 +115,12 @@ def stand_in(tmp_path, monkeypatch):
             (tmp_path / name).write_text(STAND_IN.format(rest=rest, returned=returned))
         monkeypatch.syspath_prepend(str(tmp_path))
 
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
-        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
-    return write
+    names = ("flash_attn", "flash_attn.cute", "flash_attn_interface")
+    real = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield write
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        del sys.modules[name]  # or the next test file would find it installed
+    sys.modules.update(real)
 
 
 @pytest.mark.parametrize("kernel", list(SIGNATURES))

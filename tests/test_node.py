@@ -111,3 +111,14 @@ def test_a_cache_folder_belongs_to_one_run(tmp_path):
         node.lock_cache(tmp_path)
     lock.close()
     node.lock_cache(tmp_path).close()
+
+
+def test_each_data_set_opens_as_many_files_as_the_first(shards):
+    def opened():
+        before = len(os.listdir("/proc/self/fd"))
+        kept.append(HeldOut(DataConfig(str(shards), num_workers=0)))
+        return len(os.listdir("/proc/self/fd")) - before
+
+    kept = []
+    counts = [opened() for _ in range(5)]
+    assert len(set(counts[1:])) == 1 and counts[1] <= counts[0] < 20

@@ -69,6 +69,7 @@ def test_a_clip_is_written_and_the_kernel_named_once(trained, tmp_path, monkeypa
     [
         ({"attention": "flash"}, "attention='flash' is unknown"),
         ({"attention": "flash_attn"}, "attention='flash_attn'"),  # not installed, or no GPU
+        ({"attention": "cudnn"}, "attention='cudnn' needs bfloat16 or float16 on a GPU"),
         ({"flow": {}}, "run.json: key 'shift' is missing"),
         ({"wan": "/nowhere"}, "wan=/nowhere: there is no such folder"),
     ],

@@ -112,7 +112,8 @@ class Sampler:
         attention = read_setting(run, where, "attention")
         self.step, self.model = load_model(run_dir, step, attention, dtype, device, ema)
         self.model.eval()
-        self.kernel = self.model.attention_kernel  # the run's own choice, or an error
+        with one_line_errors(ConfigError, str(where)):
+            self.kernel = self.model.attention_kernel  # the run's own choice, or an error
         wan, length = read_setting(run, where, "wan"), self.metadata.video_text_length
         with one_line_errors(DataError, f"wan={wan}"):
             self.video_text = VideoTextEncoder.from_folder(wan, device, max_length=length)
