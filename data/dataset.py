@@ -9,7 +9,9 @@ a ledger tells. Called by train.py.
 import functools
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing import forkserver
@@ -180,7 +182,7 @@ def _local_batches(
         timeout=config.timeout_seconds if config.num_workers else 0,
         persistent_workers=config.num_workers > 0,
         multiprocessing_context=context,
-        worker_init_fn=_ignore_stop_signals if config.num_workers else None,
+        worker_init_fn=_begin_worker if config.num_workers else None,
     )
     epoch, seen = locate(first_step, steps)
     try:
@@ -202,7 +204,21 @@ def _local_batches(
             dataset._iterator.non_blocking_exit()  # the threads of this process
 
 
-def _ignore_stop_signals(worker: int = 0) -> None:
+def _begin_worker(worker: int) -> None:
+    _ignore_stop_signals()
+    # PyTorch watches the parent, which is the fork server, and that waits for its workers.
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    """A killed rank's workers would stay for ever, with its memory and its job step."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os._exit(1)
+
+
+def _ignore_stop_signals() -> None:
     """Slurm signals every process of a job; whether to stop is for the rank to say."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,14 @@
 """Order: equal global batches for any ranks, workers, resume. Faults: raised, never hidden."""
 
+import contextlib
 import itertools
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +17,7 @@ import torch
 from data.dataset import HeldOut, build_loader
 from data.schema import DataError, load_metadata
 from data.sources import DataConfig
+from tests.launch import ROOT, environment
 from tests.prepared import write_shards
 from tests.ranks import Job, global_batches, run_job
 
@@ -157,3 +165,43 @@ def test_impossible_batches_are_refused(shards, batch, world, nodes, message):
 def test_no_held_out_split_is_named(shards):
     with pytest.raises(DataError, match="no split 'test'"):
         HeldOut(DataConfig(str(shards), validation_split="test"))
+
+
+RANK = """
+import sys, time
+from data.dataset import build_loader
+from data.sources import DataConfig
+if __name__ == "__main__":
+    loader = build_loader(DataConfig(sys.argv[1], num_workers=2), 4, 0, 1, 3)
+    next(loader)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_killed_rank(shards):
+    """PyTorch's workers watch their parent, which is the fork server, and would stay for ever."""
+    rank = subprocess.Popen([sys.executable, "-c", RANK, str(shards)], cwd=ROOT, text=True,
+                            env=environment(), stdout=subprocess.PIPE, start_new_session=True)
+    assert rank.stdout and rank.stdout.readline() == "reading\n"
+    os.kill(rank.pid, signal.SIGKILL)
+    rank.wait()
+    deadline = time.monotonic() + 15
+    try:
+        while _members(rank.pid):
+            assert time.monotonic() < deadline, f"{_members(rank.pid)} stayed"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+
+
+def _members(group: int) -> list[str]:
+    """Command lines of a process group's living members."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = (path / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+    return found

@@ -3,6 +3,8 @@
 The numbers are those of the list in the README's section "Faults".
 """
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -80,6 +82,7 @@ from streaming import StreamingDataLoader, StreamingDataset
 if __name__ == "__main__":
     dataset = StreamingDataset(remote=sys.argv[1], local=sys.argv[2], batch_size=4,
                                validate_hash="xxh64", download_retry=1)
+    print("reading", flush=True)
     for batch in StreamingDataLoader(dataset, batch_size=4, num_workers=2):
         pass
     print("ended")
@@ -94,9 +97,10 @@ def test_f21_with_workers_it_hangs(shards, tmp_path):
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         start_new_session=True,
     )
+    assert process.stdout and process.stdout.readline() == "reading\n"
     with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=60)
-    process.kill()
+        process.communicate(timeout=40)
+    os.killpg(process.pid, signal.SIGKILL)  # its workers hold the pipe open
     process.communicate()
 
 
