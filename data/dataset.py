@@ -179,7 +179,7 @@ def _local_batches(
         batch_size=dataset.batch_size,
         num_workers=config.num_workers,
         collate_fn=functools.partial(_collate, metadata=metadata),
-        timeout=config.timeout_seconds if config.num_workers else 0,
+        timeout=0,  # or a killed worker goes unnoticed for as long; the watchdog has a budget
         persistent_workers=config.num_workers > 0,
         multiprocessing_context=context,
         worker_init_fn=_begin_worker if config.num_workers else None,
@@ -196,6 +196,9 @@ def _local_batches(
                     "a shard cannot be read"
                 )
             epoch, seen = epoch + 1, 0
+    except (ConnectionError, EOFError) as error:  # what it had ready was in its own memory
+        raise RuntimeError("a DataLoader worker exited before its batch was taken; killed for "
+                           "memory? (data.num_workers)") from error
     finally:
         # Left to the garbage collector, each worker would be waited for in vain for 5 s.
         if loader._iterator is not None:

@@ -74,7 +74,6 @@ class DataConfig:
     shuffle: bool = True
     shuffle_block: int = 1 << 18  # samples that are mixed; part of the order
     num_canonical_nodes: int = 1  # >1: a node reads only its share of the shards; part of the order
-    timeout_seconds: float = 300.0  # for one batch from a worker
     cache_dir: str | None = None  # on the node's own disk; None: beside the shards, or in TMPDIR
     cache_limit: str | None = None  # per node, e.g. 200gb; the coldest shards make room
     download_retries: int = 4
@@ -99,7 +98,7 @@ class DataConfig:
         for label in labels:
             if labels.count(label) > 1 or not re.fullmatch(r"[\w.-]+", label):
                 raise ValueError(f"data.streams: name {label!r} must be unique, of [A-Za-z0-9_.-]")
-        for key in ("download_retries", "num_canonical_nodes", "shuffle_block", "timeout_seconds",
+        for key in ("download_retries", "num_canonical_nodes", "shuffle_block",
                     "download_timeout_seconds"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -205,3 +206,18 @@ def _members(group: int) -> list[str]:
             if int(its_group) == group and state != "Z":
                 found.append((path / "cmdline").read_text().replace("\0", " "))
     return found
+
+
+def test_a_killed_worker_is_named_at_once(shards):
+    """The memory killer takes workers; with a timeout of its own PyTorch looks only at its end."""
+    before = set(multiprocessing.active_children())
+    loader = build_loader(DataConfig(str(shards), num_workers=1), 4, 0, 1, 3)
+    next(loader)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="DataLoader worker .*exited"):
+        for _ in loader:
+            pass
+    assert time.monotonic() - began < 20
+    loader.close()

@@ -1,6 +1,7 @@
 """training/failure.py: one folder says why a start failed, and the last line says where it is."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -76,11 +77,12 @@ def test_a_real_allocation_that_fails_is_one():
 @pytest.mark.parametrize(("kind", "reason"), [("crash", "a bug of ours"), ("memory", "memory")])
 def test_a_crash_on_one_rank_ends_all_with_one_folder(tmp_path, kind, reason):
     root = write_world(tmp_path)
-    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run"],
+    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "data.num_workers=1"],
                   {"kind": kind, "rank": 1, "steps": [5]})
     codes, outputs = ranks.finish()
     assert codes == [1, 1], outputs
     (folder,) = (root / "run" / "failures").iterdir()
+    assert time.time() - folder.stat().st_mtime < 30, "the loader's workers kept a rank"
     assert {path.name for path in folder.glob("*.stacks.txt")} == {
         "rank00000.stacks.txt", "rank00001.stacks.txt"}
     assert reason in json.loads((folder / "rank00001.json").read_text())["reason"]

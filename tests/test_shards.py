@@ -47,8 +47,7 @@ def layout(shards):
 
 def damaged(copy, layout, kind, policy, workers, world, **more):
     """A job that meets a bad second shard, in order, and where that begins."""
-    config = DataConfig(str(copy), shuffle=False, num_workers=workers, timeout_seconds=60,
-                        on_bad_shard=policy, **more)
+    config = DataConfig(str(copy), shuffle=False, num_workers=workers, on_bad_shard=policy, **more)
     path = sorted((copy / "train").glob("*.zstd"))[1]
     job = Job(config, world, STEPS, damage=(kind, str(path)), ledger=copy / "substitutions.jsonl")
     return job, path, layout[1]

@@ -1,0 +1,238 @@
+"""SIGKILL at random moments of one training, then the same command again, until it is done.
+
+    python -m tests.training_kills --kills 100 --steps 1200 --work /tmp/kills
+
+Two ranks under ZeRO-3 with two shapes of clips, an EMA and a loader worker each. A kill takes a
+rank, its loader worker, or everything at once; a third of them wait for a save to be under way.
+The other processes must end by themselves. Prints one line per kill and the verdict; exits 0 only
+if weights, moments, EMA and losses are those of a run that nobody disturbed, bit for bit.
+tests/test_training_kills.py does the same with ten kills.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import train
+from tests.faults import free_port
+from tests.launch import ROOT, environment, records
+from tests.prepared import write_shards
+from tests.tiny import write_tangoflux, write_wan
+from training.distributed import leave
+from training.manifest import MANIFEST, read_manifest
+from training.tags import tag_of
+
+# Ranks are real processes that run the command's own main; only its imports, by far the longest
+# part of a short run, are done once, in the server that they are forked from.
+PROCESSES = multiprocessing.get_context("forkserver")
+RANKS = 2
+GONE_WITHIN = 100  # seconds for the others to end by their watchdogs' budgets
+SAVE_EVERY = 4
+TAGS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm")
+
+
+def write_world(root: Path, steps: int) -> Path:
+    """Backbones, shards of two shapes, engine and run.yaml."""
+    write_wan(root / "wan")
+    write_tangoflux(root / "tangoflux")
+    write_shards(root / "wide", train=29, validation=2)
+    write_shards(root / "small", train=17, validation=2, seed=1, silent=3, height=32, width=32,
+                 video_latent_shape=[48, 3, 2, 2])
+    (root / "engine.json").write_text(json.dumps({
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    config = root / "run.yaml"
+    config.write_text(f"""
+run_dir: {root}/runs/default
+wan: {root}/wan
+tangoflux: {root}/tangoflux
+model: {{num_joint_blocks: 1}}
+data:
+  streams: [{{root: {root}/wide}}, {{root: {root}/small}}]
+  num_workers: 1
+optimizer: {{lr: 1.0e-4}}
+ema_decay: 0.9
+warmup_steps: 3
+global_batch_size: 4
+max_steps: {steps}
+validate_every: 100000
+validation_samples: 2
+save_every: {SAVE_EVERY}
+self_check: false
+watchdog: {{data: 40, compute: 60, checkpoint: 60, validation: 60}}
+deepspeed: {root}/engine.json
+""")
+    return config
+
+
+class Life:
+    """One start of the command: its ranks, and what became of them."""
+
+    def __init__(self, config: Path, run_dir: Path) -> None:
+        PROCESSES.set_forkserver_preload(["tests.training_kills"])
+        port = free_port()
+        self.run_dir = run_dir
+        self.log = config.parent / f"{run_dir.name}.log"
+        self.said = self.log.stat().st_size if self.log.exists() else 0
+        arguments = [str(config), f"run_dir={run_dir}"]
+        self.ranks = [PROCESSES.Process(target=_rank, args=(rank, port, arguments, str(self.log)))
+                      for rank in range(RANKS)]
+        for process in self.ranks:
+            process.start()
+
+    @property
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.ranks)
+
+    def wait_for_steps(self) -> None:
+        """Until this life has made a step, or has ended."""
+        while self.alive and not self.makes_steps():
+            time.sleep(0.02)
+
+    def makes_steps(self) -> bool:
+        return self.log.exists() and b"  grad " in self.log.read_bytes()[self.said :]
+
+    def wait_for_a_save(self) -> bool:
+        """Until the newest tag has no manifest yet; False if that was not seen."""
+        deadline = time.monotonic() + 30
+        while self.alive and time.monotonic() < deadline:
+            tags = sorted((self.run_dir / "checkpoints").glob("step*"))
+            if tags and any(tags[-1].iterdir()) and not (tags[-1] / MANIFEST).exists():
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def processes(self) -> list[list[int]]:
+        """Per rank: its own process, the loader's fork server, its workers."""
+        children: dict[int, list[int]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(path.parent.name))
+        found = []
+        for process in self.ranks:
+            assert process.pid is not None
+            family = [process.pid]
+            for member in family:
+                family += children.get(member, [])
+            found.append(family)
+        return found
+
+    def end_undisturbed(self) -> list[int | None]:
+        for process in self.ranks:
+            process.join()
+        return self.end()
+
+    def end(self) -> list[int | None]:
+        """Exit codes, once every process is gone; AssertionError if one stays."""
+        deadline = time.monotonic() + GONE_WITHIN
+        for process in self.ranks:
+            process.join(max(deadline - time.monotonic(), 0))
+            assert not process.is_alive(), f"a rank stayed; see {self.log}"
+        return [process.exitcode for process in self.ranks]
+
+
+def _rank(rank: int, port: str, arguments: list[str], log: str) -> None:
+    """`python train.py ARGUMENTS` as srun starts it, its output at the end of `log`."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ |= environment() | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.chdir(ROOT)
+    leave(train.main(arguments))
+
+
+def _kill(life: Life, chance: random.Random) -> str | None:
+    """Kill one thing of a running training, a random time after a random event; what it was."""
+    saving = ""
+    if chance.random() < 0.85:  # the others may meet a start
+        life.wait_for_steps()
+    if chance.random() < 1 / 3:
+        saving = ", during a save" if life.wait_for_a_save() else ""
+        time.sleep(chance.uniform(0, 0.03))
+    else:
+        time.sleep(chance.uniform(0, 2.5))
+    families = life.processes()
+    kind = chance.choice(["rank 0", "rank 1", "a loader worker", "everything"])
+    family = families[0 if kind == "rank 0" else 1 if kind == "rank 1" else chance.randrange(RANKS)]
+    if kind == "a loader worker" and len(family) < 4:  # not started yet
+        kind, family = "rank 1", families[1]
+    victims = {"everything": [pid for each in families for pid in each],
+               "a loader worker": family[-1:]}.get(kind, family[:1])
+    if not life.alive:
+        return None
+    for pid in victims:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return None
+    return kind + saving
+
+
+def disturbed_run(config: Path, run_dir: Path, kills: int, seed: int) -> int:
+    """Kill and start again, `kills` times, then let it finish. Returns the kills during saves."""
+    chance, began, done, in_saves = random.Random(seed), time.monotonic(), 0, 0
+    while done < kills:
+        life = Life(config, run_dir)
+        what = _kill(life, chance)
+        codes = life.end()
+        found = sorted(path.parent.name for path in run_dir.glob(f"checkpoints/step*/{MANIFEST}"))
+        done += what is not None
+        in_saves += "save" in (what or "")
+        print(f"{time.monotonic() - began:7.1f} s  kill {done:3d}: {what or 'came too late'}; exit "
+              f"codes {codes}; last checkpoint {found[-1] if found else 'none'}", flush=True)
+        assert codes != [0] * RANKS, f"the training ended after {done} kills; take more steps"
+    codes = Life(config, run_dir).end_undisturbed()
+    assert codes == [0] * RANKS, codes
+    return in_saves
+
+
+def differences(calm: Path, killed: Path, steps: int) -> list[str]:
+    """What is not equal bit for bit: losses of any step, files of the last checkpoint."""
+    found = [tag for tag in TAGS if records(calm, tag) != records(killed, tag)
+             or len(records(killed, tag)) != steps]
+    ends = [read_manifest(path / "checkpoints" / tag_of(steps)) for path in (calm, killed)]
+    kinds = {name.split("-")[0] for name in ends[0].files}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    found += [name for name in ends[0].files if ends[0].files[name] != ends[1].files.get(name)]
+    steps_logged = [json.loads(line)["step"] for line in
+                    (killed / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    return found + (["a step is there twice"] if len(set(steps_logged)) < len(steps_logged) else [])
+
+
+def run(work: Path, kills: int, steps: int, seed: int) -> tuple[list[str], int]:
+    """(differences from the undisturbed run, kills during saves)."""
+    config = write_world(work, steps)
+    codes = Life(config, work / "runs/calm").end_undisturbed()
+    assert codes == [0] * RANKS, f"{codes}; see {work / 'calm.log'}"
+    in_saves = disturbed_run(config, work / "runs/killed", kills, seed)
+    return differences(work / "runs/calm", work / "runs/killed", steps), in_saves
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    different, in_saves = run(arguments.work, arguments.kills, arguments.steps, arguments.seed)
+    print(f"{arguments.kills} kills, {in_saves} of them during saves, {arguments.steps} steps: "
+          + (f"DIFFERENT: {different}" if different else
+             "losses, weights, moments and EMA equal the undisturbed run's bit for bit"))
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
