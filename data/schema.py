@@ -18,8 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 FORMAT = 2  # raise it when a column changes its meaning
+TEXT_ROWS = 32  # a batch keeps a multiple of so many rows of video text
 HASH = "xxh64"  # of every shard, in its index; checked when a process first touches it
 METADATA_FILE, TEXT_FILE, REJECTS_FILE = "dataset.json", "text.safetensors", "rejects.jsonl"
 
@@ -69,15 +71,25 @@ class Batch(NamedTuple):
     audio_std: Tensor  # (B, L, C) float32
     has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
     audio_weight: Tensor  # (B,) float32 of the audio loss: 0 without sound; `data.dataset` scales
-    video_text: Tensor  # (B, Nt, D) bfloat16, zero-padded
+    video_text: Tensor  # (B, rows, D) bfloat16: the longest caption and at least one row of zeros
     audio_text: Tensor  # (B, 64, D) bfloat16
     audio_text_mask: Tensor  # (B, 64) bool, True = token
     duration: Tensor  # (B,) float32, seconds
     sample_ids: list[str]
+    video_text_length: int | None = None  # Nt: rows of zeros up to it were left out; None: none
 
     def part(self, samples: slice) -> "Batch":
         """Some of the samples, e.g. one micro-batch."""
-        return Batch._make(value[samples] for value in self)
+        return Batch._make(value[samples] if isinstance(value, (Tensor, list)) else value
+                           for value in self)
+
+    @property
+    def padded_video_text(self) -> Tensor:
+        """(B, Nt, D)."""
+        if self.video_text_length is None:
+            return self.video_text
+        missing = self.video_text_length - self.video_text.shape[1]
+        return functional.pad(self.video_text, (0, 0, 0, missing))
 
 
 def columns(metadata: Metadata) -> dict[str, str]:
@@ -131,7 +143,14 @@ def pack(
 
 
 def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
-    """MDS samples -> Batch: latents normalised, video text zero-padded."""
+    """MDS samples -> Batch: latents normalised, video text zero-padded to the longest caption's.
+
+    Rounded up to a multiple of 32, so that few shapes occur. The 512 rows that the model attends to
+    would be three quarters of a batch's bytes; they are all zero, hence alike, and the model
+    computes one of them (AVFullDiT.forward).
+    """
+    longest = max(len(sample["video_text"]) for sample in samples)
+    rows = min(-(-(longest + 1) // TEXT_ROWS) * TEXT_ROWS, metadata.video_text_length)
     latents = torch.stack([_float(sample["video_latents"]) for sample in samples])
     mean, std = torch.tensor(metadata.latents_mean), torch.tensor(metadata.latents_std)
     shape = (1, -1, 1, 1, 1)  # per channel
@@ -141,15 +160,14 @@ def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
         audio_std=torch.stack([_float(sample["audio_std"]) for sample in samples]),
         has_audio=torch.tensor([bool(sample["has_audio"]) for sample in samples]),
         audio_weight=torch.tensor([float(sample["has_audio"]) for sample in samples]),
-        video_text=torch.stack(
-            [_padded(_bfloat16(s["video_text"]), metadata.video_text_length) for s in samples]
-        ),
+        video_text=torch.stack([_padded(_bfloat16(s["video_text"]), rows) for s in samples]),
         audio_text=torch.stack([_bfloat16(sample["audio_text"]) for sample in samples]),
         audio_text_mask=torch.stack(
             [torch.from_numpy(s["audio_text_mask"].astype(bool)) for s in samples]
         ),
         duration=torch.full((len(samples),), metadata.duration, dtype=torch.float32),
         sample_ids=[sample["id"] for sample in samples],
+        video_text_length=metadata.video_text_length,
     )
 
 

@@ -76,25 +76,25 @@ class AVFullDiT(nn.Module):
         cross_modal: bool = True,
         cross_modal_bias: float = 0.0,
         audio_t: torch.Tensor | None = None,
-        video_text_rows: int | None = None,
+        video_text_length: int | None = None,
         audio_present: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Velocities eps - x0 of both modalities (Eq. 2-3), in float32.
 
-        noisy_video (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise, video_text (B, Nt, Dt) zero
+        noisy_video (B, C, T, H, W), t (B,) in [0, 1] with 1 = noise, video_text (B, rows, Dt) zero
         padded, noisy_audio (B, L, C), audio_text (B, 64, Da), audio_text_mask (B, 64) True on real
         tokens, duration (B,) seconds. Task t2v takes the first three and returns (video, None).
 
         ``cross_modal`` False masks V <-> A; ``cross_modal_bias`` is added to their logits (init I2,
         from `JointConfig.cross_modal_bias`). ``audio_t`` (B,) is the audio's own t; None shares t.
-        ``video_text_rows`` promises that video_text is zero from row video_text_rows - 1 on, so
-        that its keys and values are computed on so many rows only. ``audio_present`` (B,) bool
+        ``video_text_length`` is how many rows video_text stands for: those left out equal its last
+        one (zero padding), whose key and value are computed once. ``audio_present`` (B,) bool
         is False for clips without sound, whose video then hears nothing; None: all have sound.
         """
         if t.shape != noisy_video.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; it must be ({noisy_video.shape[0]},)")
         video, video_context = self.video.embed(
-            noisy_video, t, video_text, video_text_rows, self.config.video_time_scale
+            noisy_video, t, video_text, video_text_length, self.config.video_time_scale
         )
         for block in self.video.blocks:
             video = self._run(block, video, video_context)

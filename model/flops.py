@@ -65,11 +65,12 @@ def shape_of(config: AVFullDiTConfig, inputs: Mapping[str, Any]) -> Shape:
     tokens = 1
     for size, part in zip(video.shape[2:], patch, strict=True):
         tokens *= size // part
-    rows = inputs.get("video_text_rows") or text.shape[1]
+    rows = text.shape[1]
+    length = inputs.get("video_text_length") or rows
     if config.task == "t2v":
-        return Shape(video.shape[0], tokens, text.shape[1], rows)
+        return Shape(video.shape[0], tokens, length, rows)
     return Shape(
-        video.shape[0], tokens, text.shape[1], rows,
+        video.shape[0], tokens, length, rows,
         inputs["noisy_audio"].shape[1], inputs["audio_text"].shape[1] + 1,
     )
 

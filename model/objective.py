@@ -41,7 +41,9 @@ class LatentBatch(Protocol):
     @property
     def has_audio(self) -> Tensor: ...  # (B,) bool
     @property
-    def video_text(self) -> Tensor: ...  # (B, Nt, D) zero-padded
+    def video_text(self) -> Tensor: ...  # (B, rows, D); rows < Nt: the last one is padding
+    @property
+    def video_text_length(self) -> int | None: ...  # Nt; None: all rows are there
     @property
     def audio_text(self) -> Tensor: ...  # (B, 64, D)
     @property
@@ -130,7 +132,7 @@ class Objective:
             "noisy_video": add_noise(video, video_noise, t),
             "t": t,
             "video_text": batch.video_text.to(device),
-            "video_text_rows": distinct_rows(batch.video_text),
+            "video_text_length": batch.video_text_length,
         }
         has_audio = batch.has_audio.to(device)
         if self.task == "t2v":
@@ -168,16 +170,3 @@ class Objective:
     def total(self, video: Any, audio: Any) -> Any:
         """Eq. 10: the weighted sum, of tensors or of numbers."""
         return self.flow.video_loss_weight * video + self.flow.audio_loss_weight * audio
-
-
-def distinct_rows(video_text: Tensor) -> int | None:
-    """Rows of zero-padded states (B, Nt, D) up to the first that is padding in every sample.
-
-    Rounded up to a multiple of 32, so that few shapes occur. None on a GPU, where looking would
-    make the host wait, and means all rows.
-    """
-    if video_text.device.type != "cpu":
-        return None
-    used = video_text.ne(0).any(dim=2).any(dim=0).nonzero()  # rows that are real somewhere
-    real = int(used.max()) + 1 if len(used) else 0
-    return min(-(-(real + 1) // 32) * 32, video_text.shape[1])

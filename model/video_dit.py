@@ -187,21 +187,23 @@ class VideoDiT(nn.Module):
         noisy_video: torch.Tensor,
         t: torch.Tensor,
         text: torch.Tensor,
-        text_rows: int | None = None,
+        text_length: int | None = None,
         time_scale: float = 1.0,
     ) -> tuple[torch.Tensor, VideoContext]:
-        """Latents (B, C, T, H, W), t (B,), text (B, Nt, Dt) -> tokens (B, Nv, Cv), context.
+        """Latents (B, C, T, H, W), t (B,), text (B, rows, Dt) -> tokens (B, Nv, Cv), context.
 
-        ``text_rows`` promises that row text_rows - 1 equals all that follow it (zero padding), so
-        that only so many rows are computed. ``time_scale`` multiplies the time index of RoPE.
+        ``text_length`` is how many rows of text there are with those left out, which equal the
+        last one (zero padding). ``time_scale`` multiplies the time index of RoPE.
         """
         grid = self._token_grid(noisy_video)
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patch_embedding(noisy_video.to(dtype))  # (B, C, F, H, W)
         tokens = tokens.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, Nv, C), frame-major
-        time, modulation, rows = self.condition_embedder(t, text[:, :text_rows].to(dtype))
+        time, modulation, rows = self.condition_embedder(t, text.to(dtype))
         rope = video_rope(*grid, self.config.attention_head_dim, tokens.device, time_scale)
-        return tokens, VideoContext(time, modulation, rows, text.shape[1], rope, grid)
+        return tokens, VideoContext(
+            time, modulation, rows, text_length or text.shape[1], rope, grid
+        )
 
     def velocity(self, tokens: torch.Tensor, context: VideoContext) -> torch.Tensor:
         """Head: tokens (B, Nv, Cv) -> velocity (B, C, T, H, W) in float32."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from data.dataset import HeldOut, build_loader
-from data.schema import DataError, load_metadata
+from data.schema import DataError, Metadata, collate, load_metadata
 from data.sources import DataConfig
 from tests.launch import ROOT, environment
 from tests.prepared import write_shards
@@ -93,6 +93,7 @@ def test_batch_has_the_schema(shards):
     part = batch.part(slice(1, 3))
     assert part.sample_ids == batch.sample_ids[1:3]
     assert torch.equal(part.video_latents, batch.video_latents[1:3])
+    assert part.video_text_length == metadata.video_text_length
     # Padding rows of the video text are zero, real ones are not.
     zero = (batch.video_text == 0).all(dim=2)
     assert zero.any() and torch.equal(zero, zero.cummax(dim=1).values)
@@ -221,3 +222,20 @@ def test_a_killed_worker_is_named_at_once(shards):
             pass
     assert time.monotonic() - began < 20
     loader.close()
+
+
+@pytest.mark.parametrize(("longest", "rows"), [(5, 32), (31, 32), (32, 64), (500, 512), (512, 512)])
+def test_video_text_keeps_the_longest_captions_rows_and_one_of_padding(longest, rows):
+    stored = {"video_latents": np.zeros((1, 1, 1, 1), np.float16), "id": "x", "has_audio": 0,
+              "audio_mean": np.zeros((1, 1), np.float16), "audio_std": np.zeros((1, 1), np.float16),
+              "audio_text": np.zeros((64, 4), np.uint16), "audio_text_mask": np.zeros(64, np.uint8)}
+    texts = [np.full((count, 4), 0x3F80, np.uint16) for count in (3, longest)]  # ones
+    metadata = Metadata(
+        fps=24.0, frames=1, height=16, width=16, sample_rate=16000, audio_hop=512,
+        video_temporal_stride=4, video_spatial_stride=16, latents_mean=[0.0], latents_std=[1.0],
+        video_latent_shape=[1, 1, 1, 1], audio_latent_shape=[1, 1], video_text_length=512,
+        video_text_width=4, audio_text_length=64, audio_text_width=4)
+    batch = collate([stored | {"video_text": text} for text in texts], metadata)
+    assert batch.video_text.shape == (2, rows, 4)
+    assert batch.padded_video_text.shape == (2, 512, 4)
+    assert batch.padded_video_text.sum(dim=(1, 2)).tolist() == [12, 4 * longest]

@@ -28,14 +28,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("length", [None, 12])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_equals_torchs_flop_counter(name, rows):
+def test_equals_torchs_flop_counter(name, length):
     config = VARIANTS[name]
     model = AVFullDiT(config, attention="sdpa_math")
     inputs = video_inputs() if config.task == "t2v" else joint_inputs()
-    inputs["video_text"][:, 4:] = 0
-    inputs["video_text_rows"] = rows
+    inputs["video_text_length"] = length
     shape = shape_of(config, inputs)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         video, audio = model(**inputs)
@@ -47,7 +46,7 @@ def test_equals_torchs_flop_counter(name, rows):
 
 
 def test_tokens_of_a_batch():
-    work = training_work(CONFIG, joint_inputs() | {"video_text_rows": None})
+    work = training_work(CONFIG, joint_inputs() | {"video_text_length": 12})
     assert work.video_tokens == 2 * 3 * 2 * 3
     assert work.audio_tokens == 2 * 10
     assert work.text_tokens == 2 * (7 + 5 + 1)

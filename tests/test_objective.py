@@ -6,7 +6,7 @@ import torch
 from data.schema import Batch
 from model import AVFullDiT
 from model.flow import FlowConfig, add_noise, keyed_normal
-from model.objective import VALIDATION_EPOCH, Objective, distinct_rows
+from model.objective import VALIDATION_EPOCH, Objective
 from tests import tiny, towers
 
 IDS = ["a", "b"]
@@ -68,25 +68,18 @@ def test_audio_t_reaches_the_audio_tower_alone(batch):
 
 def test_t2v_meets_no_audio(batch):
     inputs = objective("t2v").noise(batch, torch.tensor([0.3, 0.6]), 0, CPU).inputs
-    assert inputs.keys() == {"noisy_video", "t", "video_text", "video_text_rows"}
-
-
-def test_distinct_rows_of_a_batch(batch):
-    assert distinct_rows(batch.video_text) == 32  # 9 real rows, one of padding, rounded up
-    batch.video_text[1, 31] = 1.0
-    assert distinct_rows(batch.video_text) == 64
-    assert distinct_rows(torch.zeros(1, 20, 4)) == 20
-    assert distinct_rows(torch.zeros(2, 512, 4)) == 32
+    assert inputs.keys() == {"noisy_video", "t", "video_text", "video_text_length"}
 
 
 def test_text_on_its_distinct_rows_equals_the_plain_path(batch):
     """Outputs and every gradient; performance.md rank 9: the padding is computed once, not cut."""
     results = []
-    for rows in (None, 32, 10):
+    for rows in (64, 32, 10):
         torch.manual_seed(1)
         model = towers.randomise_new(AVFullDiT(towers.CONFIG))
-        inputs = objective().noise(batch, torch.tensor([0.3, 0.6]), 0, CPU).inputs
-        outputs = model(**inputs | {"video_text_rows": rows})
+        trimmed = batch._replace(video_text=batch.video_text[:, :rows], video_text_length=64)
+        assert torch.equal(trimmed.padded_video_text, batch.padded_video_text)
+        outputs = model(**objective().noise(trimmed, torch.tensor([0.3, 0.6]), 0, CPU).inputs)
         sum(out.square().mean() for out in outputs).backward()
         results.append([*outputs, *(parameter.grad for parameter in model.parameters())])
     for other in results[1:]:

@@ -143,12 +143,13 @@ def _sample(
     audio_noise = keyed_normal(
         "audio_noise", *key, batch.audio_mean.shape[1:], device) if sound else None
     rows = preview.negative["video_negative"]
-    negative = torch.zeros_like(batch.video_text)
+    text = batch.padded_video_text
+    negative = torch.zeros_like(text)
     negative[0, : len(rows)] = rows
     shifted = preview.flow.audio_t == "shifted"
     video, audio = sample(
         model,
-        Prompts(batch.video_text.to(device), batch.audio_text.to(device),
+        Prompts(text.to(device), batch.audio_text.to(device),
                 batch.audio_text_mask.to(device)),
         Prompts(negative.to(device), preview.negative["audio_negative"][None].to(device),
                 preview.negative["audio_negative_mask"][None].to(device)),
