@@ -6,11 +6,13 @@ A shard that cannot be read stops the run on every rank in the same step, or is 
 a ledger tells. Called by train.py.
 """
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -172,9 +174,9 @@ def _local_batches(
     # which imports what they need once.
     context = multiprocessing.get_context("forkserver") if config.num_workers else None
     if context:
-        context.set_forkserver_preload(["__main__", "data.dataset"])
+        context.set_forkserver_preload(["data.dataset"])
         _start_deaf_server()
-    loader = StreamingDataLoader(
+    loader = _Loader(
         dataset,
         batch_size=dataset.batch_size,
         num_workers=config.num_workers,
@@ -205,6 +207,27 @@ def _local_batches(
             loader._iterator._shutdown_workers()
         if hasattr(dataset, "_iterator"):
             dataset._iterator.non_blocking_exit()  # the threads of this process
+
+
+class _Loader(StreamingDataLoader):
+    def _get_iterator(self) -> Any:
+        with _without_main():
+            return super()._get_iterator()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Each worker would import the program that started it, DeepSpeed and all: seconds and memory.
+
+    That the fork server could do it once is what Python promises for "__main__" and 3.11 forgets.
+    """
+    main = vars(sys.modules["__main__"])
+    hidden = {key: main.pop(key) for key in ("__file__", "__spec__") if key in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def _begin_worker(worker: int) -> None:

@@ -171,6 +171,7 @@ def test_no_held_out_split_is_named(shards):
 
 RANK = """
 import sys, time
+print("imported as", __name__, flush=True)
 from data.dataset import build_loader
 from data.sources import DataConfig
 if __name__ == "__main__":
@@ -181,11 +182,14 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_end_with_a_killed_rank(shards):
+def test_workers_end_with_a_killed_rank(shards, tmp_path):
     """PyTorch's workers watch their parent, which is the fork server, and would stay for ever."""
-    rank = subprocess.Popen([sys.executable, "-c", RANK, str(shards)], cwd=ROOT, text=True,
+    (tmp_path / "rank.py").write_text(RANK)
+    program = [sys.executable, tmp_path / "rank.py", str(shards)]
+    rank = subprocess.Popen(program, cwd=ROOT, text=True,
                             env=environment(), stdout=subprocess.PIPE, start_new_session=True)
-    assert rank.stdout and rank.stdout.readline() == "reading\n"
+    assert rank.stdout and rank.stdout.readline() == "imported as __main__\n"
+    assert rank.stdout.readline() == "reading\n", "a worker imported the rank's program"
     os.kill(rank.pid, signal.SIGKILL)
     rank.wait()
     deadline = time.monotonic() + 15
