@@ -221,8 +221,8 @@ def _without_main() -> Iterator[None]:
 
     That the fork server could do it once is what Python promises for "__main__" and 3.11 forgets.
     """
-    main = vars(sys.modules["__main__"])
-    hidden = {key: main.pop(key) for key in ("__file__", "__spec__") if key in main}
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {key: main.pop(key) for key in ("__file__", "__spec__") if key in main}
     main["__spec__"] = None
     try:
         yield

@@ -4,7 +4,9 @@ mosaicml-streaming 0.13 numbers its shared memory from 0 and takes the first fre
 lock: two jobs that look at the same moment take the same (FileExistsError), and a killed job's
 names stay. Here every job counts from a random number of its own. A lock file in shared memory,
 which the kernel frees with its process, says that the job lives; whoever starts next removes
-everything of a job whose lock is free, and nothing else. Called by data.shards.
+everything of a job whose lock is free, and nothing else. Python's resource tracker is kept out of
+it: it frees at a rank's end what other ranks still read (python/cpython#82300), and complains of
+what is gone. Called by data.shards.
 """
 
 import atexit
@@ -14,9 +16,11 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +32,21 @@ from data.schema import DataError
 
 SHARED_MEMORY = Path("/dev/shm")
 DIGITS = 3  # a job may open 10**DIGITS data sets
+OURS = re.compile(rf"/?1\d{{14}}\d{{{DIGITS}}}_\w+")  # names of shared memory with such a number
 _opened = itertools.count()  # by this process; ranks open the same ones in the same order
+
+
+def _of_others(tracked: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    def track(name: str, kind: str) -> None:
+        if kind != "shared_memory" or not OURS.fullmatch(name):
+            tracked(name, kind)
+
+    return track
+
+
+# When imported: a loader's worker attaches while it unpickles its data set.
+resource_tracker.register = _of_others(resource_tracker.register)  # type: ignore[assignment]
+resource_tracker.unregister = _of_others(resource_tracker.unregister)  # type: ignore[assignment]
 
 
 @functools.cache
