@@ -4,10 +4,13 @@ import copy
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.launch import ROOT, environment
+from training import preflight
+from training.distributed import World
 from training.node_report import judge, unreachable
 
 GOOD = {"host": "", "problems": [], "versions": {"torch": "2.11"}, "driver": "580", "code": "abc",
@@ -88,3 +91,14 @@ def test_a_rank_that_never_answers_is_named(tmp_path):
     assert process.returncode == 1
     assert "error: preflight: n2: rank 1 did not answer" in error
     assert "submit again with --exclude=n2" in error
+
+
+@pytest.mark.parametrize(("lost", "advice"), [
+    (["n1", "n2"], "no node has it: make it"), (["n2"], "submit again with --exclude=n2"),
+])
+def test_what_no_node_has_is_not_the_nodes_fault(capsys, lost, advice):
+    meeting = SimpleNamespace(world=World(0, 2, 0, 1, "srun"), store={})
+    meeting.store = SimpleNamespace(set=lambda key, value: None)
+    wrong = {name: ["data.root=/x is not reachable"] for name in lost}
+    assert preflight.Meeting.verdict(meeting, wrong) == 1
+    assert advice in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,6 +41,17 @@ def test_a_crash_loop_ends_and_progress_starts_it_anew(run_dir):
     assert "no checkpoint after step 100" in decide(run_dir, 1)[1]
     save(run_dir, 200)
     assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
+
+
+def test_what_an_earlier_start_said_does_not_count(run_dir):
+    """A finished run, extended, that dies before train.py can tell anything."""
+    write_status(run_dir, "done")
+    line = '{"event": "%s", "time": %d, "job": "1-0", "exit": null}\n'
+    (run_dir / "jobs.jsonl").write_text(line % ("START", time.time() - 60))
+    assert decide(run_dir, 138) == (False, "the run is done")
+    with open(run_dir / "jobs.jsonl", "a") as file:
+        file.write(line % ("START", time.time() + 60) + line % ("END", time.time() + 61))
+    assert decide(run_dir, 138)[0]
 
 
 def test_only_finished_checkpoints_count(run_dir):

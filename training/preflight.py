@@ -86,8 +86,12 @@ class Meeting:
             print(f"error: preflight: {host}: {'; '.join(problems)}", file=sys.stderr)
         if wrong:
             names = ",".join(sorted(wrong))
-            print(f"error: preflight: submit again with --exclude={names}, and tell who runs the "
-                  "cluster", file=sys.stderr, flush=True)
+            advice = f"submit again with --exclude={names}, and tell who runs the cluster"
+            everywhere = len(wrong) * self.world.local_world_size >= self.world.world_size
+            if everywhere and all("is not reachable" in text for each in wrong.values()
+                                  for text in each):
+                advice = "no node has it: make it, or put its right place into the configuration"
+            print(f"error: preflight: {advice}", file=sys.stderr, flush=True)
         self.store.set("verdict", "1" if wrong else "0")
         return 1 if wrong else 0
 

@@ -11,12 +11,14 @@ import json
 import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from training.config import ConfigError, overlay, parse_overrides, read_yaml
 
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 FRUITLESS_STARTS = 2  # requeues without a new checkpoint before it is called a crash loop
 
 
@@ -24,7 +26,7 @@ def write_status(run_dir: Path, state: str, **values: Any) -> None:
     """state: running, done, preempted (to be requeued), stopped (by hand), or failed."""
     path = run_dir / "status.json"
     aside = path.with_suffix(".tmp")
-    record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid()}
+    record = {"state": state, "time": time.strftime(TIME_FORMAT), "pid": os.getpid()}
     aside.write_text(json.dumps(record | values, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(aside, path)
 
@@ -32,6 +34,17 @@ def write_status(run_dir: Path, state: str, **values: Any) -> None:
 def read_status(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "status.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"state": "unknown"}
+
+
+def latest_state(run_dir: Path) -> str:
+    """The state, if the start that train.sbatch wrote down last got as far as telling one."""
+    status, jobs = read_status(run_dir), run_dir / "jobs.jsonl"
+    lines = jobs.read_text(encoding="utf-8").splitlines() if jobs.is_file() else []
+    starts = [job["time"] for job in map(json.loads, lines) if job["event"] == "START"]
+    told = status.get("time")
+    if told and starts and datetime.strptime(told, TIME_FORMAT).timestamp() < starts[-1]:
+        return "unknown"
+    return status["state"]
 
 
 def newest_step(run_dir: Path) -> int:
@@ -46,7 +59,7 @@ def decide(run_dir: Path, code: int) -> tuple[bool, str]:
     A start that brought no new checkpoint may be bad luck, FRUITLESS_STARTS in a row are a crash
     loop.
     """
-    state = read_status(run_dir)["state"]
+    state = latest_state(run_dir)
     if code in HOPELESS:
         return False, HOPELESS[code]
     if state in ("done", "stopped"):
