@@ -139,7 +139,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     )
     try:
         model.attend.resolve(engine.device, next(engine.parameters()).dtype)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
     ema = EMA(engine, config.ema_decay) if config.ema_decay else None
     if found:

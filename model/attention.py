@@ -11,6 +11,7 @@ flash-attn 4 only through a hub download, and it warns and goes on where we want
 
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +69,7 @@ class Attention:
             raise ValueError(f"attention={requested!r} is unknown; use one of {', '.join(KERNELS)}")
         if requested in PACKAGES and not installed(requested):
             raise ImportError(
-                f"attention={requested!r} but its package is not installed; "
-                f"{PACKAGES[requested][2]}, or use attention=auto or attention=sdpa"
+                f"attention={requested!r} but its package is not installed; {_remedy(requested)}"
             )
         self.requested = requested
         self.kernel: str | None = None
@@ -123,15 +123,20 @@ class Attention:
                 f"attention={self.requested!r} needs bfloat16 or float16 on a GPU, but the model "
                 f"runs in {dtype} on {device}; use attention=sdpa here"
             )
+        if self.requested in SDPA_BACKENDS:
+            _try_backend(self.requested, device, dtype)
         return self.requested
 
 
 def installed(kernel: str) -> bool:
     """Whether the package of ``kernel`` is there, without importing it.
 
-    flash-attn 2 and 4 share the name `flash_attn`, so the member decides.
+    flash-attn 2 and 4 share the name `flash_attn`, so the member decides. flash-attn 2's own source
+    holds flash-attn 4's files too, but not the package `cutlass` that they are written in.
     """
     package, member, _ = PACKAGES[kernel]
+    if member == "cute" and importlib.util.find_spec("cutlass") is None:
+        return False
     spec = importlib.util.find_spec(package)
     if spec is None or not member:
         return spec is not None
@@ -155,12 +160,50 @@ def compute_capability(device: torch.device) -> int:
 def _available(kernel: str) -> bool:
     if kernel == "cudnn":
         return (torch.backends.cudnn.version() or 0) >= FAST_CUDNN
-    return kernel not in PACKAGES or installed(kernel)
+    return kernel not in PACKAGES or (installed(kernel) and _importable(kernel))
+
+
+def _try_backend(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError if this PyTorch has no such kernel for ``device``.
+
+    Its own error comes at the first forward, and names neither the key nor a remedy.
+    """
+    tiny = torch.zeros(1, 1, 16, 64, device=device, dtype=dtype)
+    try:
+        with sdpa_kernel(SDPA_BACKENDS[kernel]):
+            F.scaled_dot_product_attention(tiny, tiny, tiny)
+    except RuntimeError as error:
+        raise ValueError(
+            f"attention={kernel!r} is not in this PyTorch {torch.__version__} for {device} "
+            f"({error}); use attention=auto or attention=sdpa"
+        ) from error
+
+
+def _importable(kernel: str) -> bool:
+    """Whether an installed package works; said if not, for `auto` would only be slower."""
+    try:
+        _flash_attn_func(kernel)
+    except ImportError as error:
+        warnings.warn(f"attention=auto takes another kernel: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _remedy(kernel: str) -> str:
+    return f"{PACKAGES[kernel][2]}, or use attention=auto or attention=sdpa"
 
 
 def _flash_attn_func(kernel: str) -> Any:
-    """`flash_attn_func` of one package: (B, L, H, D), half precision, softmax_scale by name."""
+    """`flash_attn_func` of one package: (B, L, H, D), half precision, softmax_scale by name.
+
+    ImportError if the package is broken: built for another torch, or without what it needs.
+    """
     package, member, _ = PACKAGES[kernel]
     # flash-attn 2 exports it from the package itself, the others from where they live.
     module = package if member != "cute" else f"{package}.{member}"
-    return importlib.import_module(module).flash_attn_func
+    try:
+        return importlib.import_module(module).flash_attn_func
+    except ImportError as error:
+        raise ImportError(
+            f"attention={kernel!r} is installed but its import fails ({error}); {_remedy(kernel)}"
+        ) from error

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from model.attention import (
     KERNELS,
     PACKAGES,
+    SDPA_BACKENDS,
     Attention,
     fastest,
     installed,
@@ -93,14 +95,19 @@ SIGNATURES = {
                      "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, "
                      "num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0",
                      "output, logits.logsumexp(-1)"),
-    "flash_attn_4": ("softmax_scale=None, causal=False, window_size=(None, None), "
-                     "learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, "
-                     "deterministic=False", "output, None"),
+    # 4.0.0b36
+    "flash_attn_4": ("qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, "
+                     "window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, "
+                     "pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, "
+                     "mask_mod=None, aux_tensors=None, aux_scalars=None, "
+                     "block_sparse_tensors=None, block_sparse_tensors_bwd=None, return_lse=False, "
+                     "gather_bwd_recompute_p=False, gather_bwd_token_chunk=None",
+                     "output, logits.logsumexp(-1) if return_lse else None"),
 }
 FILES = {
     "flash_attn": ("flash_attn/flash_attn_interface.py", "flash_attn/__init__.py"),
     "flash_attn_3": ("flash_attn_interface.py",),
-    "flash_attn_4": ("flash_attn/cute/__init__.py",),
+    "flash_attn_4": ("flash_attn/cute/__init__.py", "cutlass/__init__.py"),
 }
 
 
@@ -115,10 +122,10 @@ def stand_in(tmp_path, monkeypatch):
             (tmp_path / name).write_text(STAND_IN.format(rest=rest, returned=returned))
         monkeypatch.syspath_prepend(str(tmp_path))
 
-    names = ("flash_attn", "flash_attn.cute", "flash_attn_interface")
+    names = ("flash_attn", "flash_attn.cute", "flash_attn_interface", "cutlass")
     real = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     yield write
-    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+    for name in [name for name in sys.modules if name.startswith(("flash_attn", "cutlass"))]:
         del sys.modules[name]  # or the next test file would find it installed
     sys.modules.update(real)
 
@@ -152,6 +159,35 @@ def test_flash_attn_4_alone_is_not_flash_attn_2(stand_in):
     assert installed("flash_attn_4") and not installed("flash_attn")
 
 
+@pytest.fixture
+def blackwell(stand_in, tmp_path, monkeypatch):
+    """flash-attn 2 as its source installs it, with flash-attn 4's files, on a Blackwell GPU."""
+    stand_in("flash_attn")
+    cute = tmp_path / "flash_attn" / "cute" / "__init__.py"
+    cute.parent.mkdir()
+    cute.write_text("import cutlass\n")
+    monkeypatch.setattr("model.attention.compute_capability", lambda device: 10)
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91400)
+    return tmp_path
+
+
+def test_the_files_of_flash_attn_4_inside_flash_attn_2_are_not_flash_attn_4(blackwell):
+    assert installed("flash_attn") and not installed("flash_attn_4")
+    attend = Attention("auto")
+    assert attend.resolve(CUDA, torch.bfloat16) == "flash_attn"
+    with pytest.raises(ImportError, match="not installed; run `pip install flash-attn-4`"):
+        Attention("flash_attn_4")
+
+
+def test_a_package_that_cannot_be_imported(blackwell):
+    """As one built for another torch: `auto` goes on and says so, a wish for it is refused."""
+    (blackwell / "flash_attn" / "__init__.py").write_text("import flash_attn_2_cuda\n")
+    with pytest.warns(UserWarning, match="takes another kernel: attention='flash_attn' is"):
+        assert Attention("auto").resolve(CUDA, torch.bfloat16) == "sdpa"
+    with pytest.raises(ImportError, match="No module named 'flash_attn_2_cuda'.*pip install"):
+        Attention("flash_attn").resolve(CUDA, torch.bfloat16)
+
+
 def test_auto_resolves_once():
     attend = Attention("auto")
     assert attend.kernel is None
@@ -175,6 +211,7 @@ def test_auto_resolves_once():
 def test_auto_takes_the_fastest_available(monkeypatch, capability, cudnn, present, kernel):
     monkeypatch.setattr("model.attention.compute_capability", lambda device: capability)
     monkeypatch.setattr("model.attention.installed", lambda name: name in present)
+    monkeypatch.setattr("model.attention._flash_attn_func", lambda name: None)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: cudnn)
     assert fastest(CUDA) == kernel
     assert Attention("auto").resolve(CUDA, torch.float32) == "sdpa"
@@ -193,6 +230,15 @@ def test_gpu_kernels_need_half_precision_on_a_gpu(monkeypatch, kernel):
     monkeypatch.setattr("model.attention.installed", lambda name: True)
     with pytest.raises(ValueError, match="needs bfloat16 or float16 on a GPU"):
         Attention(kernel).resolve(torch.device("cpu"), torch.float32)
+
+
+def test_a_kernel_that_this_pytorch_lacks(monkeypatch):
+    """PyTorch would say so at the first forward, and name neither the key nor a remedy."""
+    Attention("sdpa_flash").resolve(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setitem(SDPA_BACKENDS, "sdpa_flash", SDPBackend.CUDNN_ATTENTION)  # on no CPU
+    with pytest.raises(ValueError, match="attention='sdpa_flash' is not in this PyTorch.*"
+                                         "use attention=auto or attention=sdpa"):
+        Attention("sdpa_flash").resolve(torch.device("cpu"), torch.bfloat16)
 
 
 def test_unknown_kernel():
