@@ -45,7 +45,9 @@ def test_loading_under_zero_init_holds_no_second_copy(result):
     assert loading["growth_mib"] < 0.25 * loading["model_mib"], loading
 
 
-FLOAT32 = {"wan modulation", "duration angles", "velocities"}  # in every build
+# In every build.
+FLOAT32 = {"wan modulation", "wan norm input", "rope tables", "duration angles", "velocities"}
+ERRORS = {"rope error", "long rope error", "rotation error", "sinusoid error"}  # against float64
 
 
 def test_dtype_table(result):
@@ -54,7 +56,8 @@ def test_dtype_table(result):
                            ("zero.Init", "bfloat16")):
         table = result["dtypes"][build]
         assert table.pop("buffers") == "none", build  # zero.Init would cast them
-        assert table.pop("rope error") < 1e-6, build
+        for name in ERRORS:
+            assert table.pop(name) < 1e-6, (build, name)
         for name in FLOAT32:
             assert set(table.pop(name).split(", ")) == {"float32"}, (build, name)
         assert set(table.values()) == {weights}, (build, table)

@@ -9,17 +9,21 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
-from model import AVFullDiT  # noqa: E402
+from model import AVFullDiT, audio_blocks, audio_dit, video_dit  # noqa: E402
+from model.layers import layer_norm, timestep_sinusoid  # noqa: E402
 from model.pretrained import export_wan, load_pretrained  # noqa: E402
-from model.rope import audio_rope, video_rope  # noqa: E402
+from model.rope import audio_rope, joint_audio_rope, rotate, video_rope  # noqa: E402
 from tests import towers  # noqa: E402
 from training.engine import write_parameter  # noqa: E402
 
@@ -62,14 +66,13 @@ def compare(config) -> dict:
             "differing": differing}
 
 
-def dtypes(model: torch.nn.Module, bare: AVFullDiT) -> dict[str, str]:
+def dtypes(model: torch.nn.Module, bare: AVFullDiT) -> dict[str, str | float]:
     """What the arithmetic runs in, seen from inside one forward."""
-    table = {}
+    table: dict[str, str | float] = {}
 
     def note(name):
         def hook(module, args, output):
-            value = output[0] if isinstance(output, tuple) else output
-            table[name] = str(value.dtype).removeprefix("torch.")
+            table[name] = names([output[0] if isinstance(output, tuple) else output])
         return hook
 
     block = bare.joint_blocks[0]
@@ -83,14 +86,81 @@ def dtypes(model: torch.nn.Module, bare: AVFullDiT) -> dict[str, str]:
         "projection": block.video.attn1.to_q,
     }.items():
         module.register_forward_hook(note(name))
-    with torch.no_grad():
-        outputs = model(**towers.joint_inputs())
-    table["velocities"] = ", ".join(str(out.dtype).removeprefix("torch.") for out in outputs)
-    table["parameters"] = ", ".join(sorted({str(p.dtype).removeprefix("torch.")
-                                            for p in bare.parameters()}))
-    table["rope error"] = rope_error()
+    for rope in (audio_rope, joint_audio_rope, video_rope):
+        rope.cache_clear()  # or the tables of the build before would be seen
+    inputs, seen = towers.joint_inputs(), Seen()
+    with torch.no_grad(), seen.functions(inputs["t"]):
+        outputs = model(**inputs)
+    table |= {"velocities": names(outputs), "parameters": names(bare.parameters())}
+    table |= {name: names(tensors) for name, tensors in seen.tensors.items()} | seen.errors
+    table["long rope error"] = rope_error()
     table["buffers"] = ", ".join(str(buffer.dtype) for buffer in bare.buffers()) or "none"
     return table
+
+
+def names(tensors) -> str:
+    """Dtypes of tensors, each once."""
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
+class Seen:
+    """What a forward computes in functions, where no module's hook sees it.
+
+    ``errors`` are the largest ones against float64; a rotation may round once, to its result.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, list[torch.Tensor]] = {"rope tables": [], "wan norm input": []}
+        self.errors = dict.fromkeys(("rope error", "rotation error", "sinusoid error"), 0.0)
+        self.angles = exact_angles()
+
+    @contextmanager
+    def functions(self, t: torch.Tensor) -> Iterator[None]:
+        """Around a forward at ``t``: everything that the blocks call by name is watched."""
+        def sinusoid(given, dim):
+            features, half = timestep_sinusoid(given, dim), dim // 2
+            angles = 1000 * t.double()[:, None] * 10000.0 ** (
+                -torch.arange(half, dtype=torch.float64) / half)
+            self.error("sinusoid error", features - torch.cat((angles.cos(), angles.sin()), 1))
+            return features
+
+        def norm(x, eps):
+            self.tensors["wan norm input"].append(x)
+            return layer_norm(x, eps)
+
+        with ExitStack() as stack:
+            for module in (video_dit, audio_blocks):
+                stack.enter_context(patch.object(module, "rotate", self.rotate))
+            for module in (video_dit, audio_dit):
+                stack.enter_context(patch.object(module, "timestep_sinusoid", sinusoid))
+            stack.enter_context(patch.object(video_dit, "layer_norm", norm))
+            yield
+
+    def rotate(self, x, rope):
+        self.tensors["rope tables"] += rope
+        angles = self.angles[x.shape[1]]
+        self.error("rope error", torch.cat((rope.cos - angles.cos(), rope.sin - angles.sin())))
+        rotated = rotate(x, rope)
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+        turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (L, 1, D/2)
+        exact = torch.view_as_real(pairs * turn).flatten(-2)
+        rounding = exact.abs() * torch.finfo(x.dtype).eps / 2
+        self.error("rotation error", ((rotated - exact).abs() - rounding).clamp(min=0))
+        return rotated
+
+    def error(self, name: str, difference: torch.Tensor) -> None:
+        self.errors[name] = max(self.errors[name], difference.abs().max().item())
+
+
+def exact_angles() -> dict[int, torch.Tensor]:
+    """Number of tokens -> angles (L, D/2) of `towers.joint_inputs`, in float64."""
+    def of(positions, dim):
+        return torch.outer(positions, 10000.0 ** (-torch.arange(0, dim, 2).double() / dim))
+
+    grid = torch.cartesian_prod(*(torch.arange(size).double() for size in (3, 2, 3)))
+    stream = torch.cat((torch.arange(10).double(), torch.zeros(6).double()))  # tau is 1
+    return {18: torch.cat([of(grid[:, axis], dim) for axis, dim in enumerate((8, 4, 4))], dim=1),
+            16: torch.cat([of(stream, dim) for dim in (4, 4, 8)], dim=1)}
 
 
 def rope_error() -> float:
@@ -109,7 +179,7 @@ def rope_error() -> float:
     return max(error.abs().max().item() for error in errors)
 
 
-def dtype_table() -> dict[str, dict[str, str]]:
+def dtype_table() -> dict[str, dict[str, str | float]]:
     plain = build()
     engine_model = build()
     table = {"plain": dtypes(plain, plain)}
