@@ -42,6 +42,7 @@ def test_loading_under_zero_init_holds_no_second_copy(result):
     """One tensor at a time: what is held beside the shards is a few tensors, not the model."""
     loading = result["loading"]
     assert loading["model_mib"] > 100 and loading["largest_mib"] < 0.05 * loading["model_mib"]
+    assert loading["held"] <= 1
     assert loading["growth_mib"] < 0.25 * loading["model_mib"], loading
 
 
