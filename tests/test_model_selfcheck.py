@@ -21,7 +21,6 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every weight off its default: norms of one would hide a mixed-up block."""
     root = tmp_path_factory.mktemp("released")
     return tiny.write_wan(root / "wan", shards=True), tiny.write_tangoflux(root / "tangoflux")
 
@@ -59,6 +58,8 @@ def test_the_mute_ends_with_the_check(folders):
 @pytest.mark.parametrize(
     ("first", "second"),
     [("joint_blocks.0.video.ffn", "joint_blocks.1.video.ffn"),
+     ("joint_blocks.0.video.norm2", "joint_blocks.1.video.norm2"),
+     ("joint_blocks.0.audio.attn.norm_q", "joint_blocks.1.audio.attn.norm_q"),
      ("joint_blocks.0.audio.proj_mlp", "joint_blocks.1.audio.proj_mlp")],
 )
 def test_blocks_in_the_wrong_place_are_refused(folders, first, second):

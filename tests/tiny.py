@@ -2,10 +2,12 @@
 
 `write_wan` and `write_tangoflux` go through the diffusers and transformers classes themselves, so
 that names and shapes are theirs, not ours. Both towers share head_dim 16 (backbones.md 6).
+Every weight is off its start: norms of one would hide one that is in another's place.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -105,13 +107,13 @@ T5 = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 def write_wan(folder: Path, seed: int = 0, shards: bool = False) -> Path:
     """Wan2.2 layout: transformer, vae, text_encoder, tokenizer, scheduler (all random)."""
     torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(**VIDEO_DIT)
+    transformer = moved(WanTransformer3DModel(**VIDEO_DIT))
     transformer.save_pretrained(folder / "transformer", max_shard_size="300KB" if shards else "5GB")
-    AutoencoderKLWan(**VIDEO_VAE).save_pretrained(folder / "vae")
+    moved(AutoencoderKLWan(**VIDEO_VAE)).save_pretrained(folder / "vae")
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
     config = UMT5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **T5)
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    moved(UMT5EncoderModel(config)).save_pretrained(folder / "text_encoder")
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
     ).save_pretrained(folder / "scheduler")
@@ -126,11 +128,11 @@ def write_tangoflux(folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder / "text_encoder")
     config = T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **T5)
     config.save_pretrained(folder / "text_encoder")
-    encoder = T5EncoderModel(config)
+    encoder = moved(T5EncoderModel(config))
     frequencies, duration = torch.randn(128), nn.Linear(257, WIDTH)
     fc = nn.Linear(WIDTH, WIDTH)
     parts = {
-        "transformer": FluxTransformer2DModel(**AUDIO_DIT).state_dict(),
+        "transformer": moved(FluxTransformer2DModel(**AUDIO_DIT)).state_dict(),
         "fc.0": fc.state_dict(),
         "duration_emebdder.time_positional_embedding.1": duration.state_dict(),
         "text_encoder": encoder.state_dict(),
@@ -139,10 +141,18 @@ def write_tangoflux(folder: Path, seed: int = 0) -> Path:
     tensors["duration_emebdder.time_positional_embedding.0.weights"] = frequencies
     tensors.pop("text_encoder.encoder.embed_tokens.weight", None)  # tied: the release has one
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "tangoflux.safetensors")
-    vae = AutoencoderOobleck(**AUDIO_VAE)
+    vae = moved(AutoencoderOobleck(**AUDIO_VAE))
     save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, folder / "vae.safetensors")
     (folder / "config.json").write_text(json.dumps(TANGOFLUX_CONFIG, indent=2))
     return folder
+
+
+@torch.no_grad()
+def moved(module: nn.Module) -> Any:
+    """The module itself, no weight left at the constant it starts with."""
+    for parameter in module.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return module
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
