@@ -119,7 +119,9 @@ def load_strictly(
     model, info = cls.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    unknown = sorted(key for key in info["unexpected_keys"] if not key.startswith(ignore))
-    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
-    check_loaded(source, sorted(info["missing_keys"]), unknown, mismatched)
+    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])
+               if not name.startswith(ignore)]
+    faults += [f"{name} is of another shape" for name in sorted(info["mismatched_keys"])]
+    check_loaded(source, faults)
     return model

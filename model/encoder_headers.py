@@ -6,9 +6,9 @@ is absent is said, not refused: training reads shards, only prepare and sample n
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck
@@ -18,9 +18,9 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from model.files import (
     FLAN_T5_HUB_ID,
     one_line_errors,
-    open_weights,
     t5_folder,
     tangoflux_file,
+    tensor_shapes,
     wan_subfolder,
     weight_files,
 )
@@ -28,7 +28,20 @@ from model.names import differences
 from model.released import TANGOFLUX_OTHER_TENSORS, PretrainedError
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's embedding under either name
-Found = tuple[nn.Module, list[Path], str]  # built from config.json, its files, prefix of its names
+# config.json of FLAN_T5_HUB_ID, which the released TangoFlux folder names and does not hold.
+FLAN_T5_LARGE: dict[str, Any] = {
+    "d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16,
+    "feed_forward_proj": "gated-gelu", "vocab_size": 32128,
+}
+
+
+class Found(NamedTuple):
+    """One encoder, built from its config."""
+
+    module: nn.Module
+    files: list[Path]
+    prefix: str = ""  # of its tensors' names
+    lacks: str = ""  # what else it needs and is not there
 
 
 def check_encoders(task: str, wan: str | Path, tangoflux: str | Path) -> tuple[bool, list[str]]:
@@ -52,47 +65,46 @@ def _compare(build: Callable[[str | Path], Found], source: str | Path) -> tuple[
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # Oobleck's weight_norm
-            module, files, prefix = build(source)
+            module, files, prefix, lacks = build(source)
     except FileNotFoundError as error:
         return f"not there; train.py does without, prepare and sample need it ({error})", []
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = dict(_shapes(files, prefix))
+    found = tensor_shapes(files, prefix)
     if any(key in found for key in TIED):
         wanted, found = _without_tied(wanted), _without_tied(found)
     count = sum(torch.Size(shape).numel() for shape in found.values())
-    line = f"{len(found)} tensors, {count:,} parameters in {files[0].parent}"
+    line = f"{len(found)} tensors, {count:,} parameters in {files[0].parent}{lacks}"
     return line, differences(wanted, found)
 
 
 def _video_vae(wan: str | Path) -> Found:
     folder = wan_subfolder(wan, "vae", "config.json")
     vae: Any = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
-    return vae, weight_files(folder), ""
+    return Found(vae, weight_files(folder))
 
 
 def _video_text(wan: str | Path) -> Found:
     folder = wan_subfolder(wan, "text_encoder", "config.json")
-    return UMT5EncoderModel(UMT5Config.from_pretrained(folder)), weight_files(folder), ""
+    return Found(UMT5EncoderModel(UMT5Config.from_pretrained(folder)), weight_files(folder))
 
 
 def _audio_vae(tangoflux: str | Path) -> Found:
     path, config = tangoflux_file(tangoflux, "vae.safetensors")
     vae: Any = AutoencoderOobleck(**config.get("vae", {}))
-    return vae, [path], ""
+    return Found(vae, [path])
 
 
 def _audio_text(tangoflux: str | Path) -> Found:
     path, config = tangoflux_file(tangoflux, "tangoflux.safetensors")
-    folder = t5_folder(path.parent, config.get("text_encoder_name", FLAN_T5_HUB_ID))
-    return T5EncoderModel(T5Config.from_pretrained(folder)), [path], TANGOFLUX_OTHER_TENSORS
-
-
-def _shapes(files: list[Path], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for path in files:
-        with open_weights(path) as file:
-            for name in file.keys():
-                if name.startswith(prefix):
-                    yield name.removeprefix(prefix), tuple(file.get_slice(name).get_shape())
+    name, lacks = config.get("text_encoder_name", FLAN_T5_HUB_ID), ""
+    try:
+        shape = T5Config.from_pretrained(t5_folder(path.parent, name, download=False))
+    except FileNotFoundError as error:
+        if name != FLAN_T5_HUB_ID:
+            raise
+        shape = T5Config(**FLAN_T5_LARGE)
+        lacks = f"; its tokenizer is not there, prepare and sample need it ({error})"
+    return Found(T5EncoderModel(shape), [path], TANGOFLUX_OTHER_TENSORS, lacks)
 
 
 def _without_tied(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

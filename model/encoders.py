@@ -25,9 +25,11 @@ from model.files import (
     load_strictly,
     t5_folder,
     tangoflux_file,
+    tensor_shapes,
     wan_subfolder,
     weight_files,
 )
+from model.names import differences
 
 VIDEO_TEXT_LENGTH = 512  # umT5 rows that the released Wan attends to
 AUDIO_TEXT_LENGTH = 64  # hard-coded in TangoFlux
@@ -166,13 +168,19 @@ class VideoTextEncoder:
         """Load `<wan>/text_encoder` and `<wan>/tokenizer`; bf16 on a GPU, fp32 on a CPU."""
         folder = wan_subfolder(wan, "text_encoder", "config.json")
         tokenizer_folder = wan_subfolder(wan, "tokenizer", "tokenizer_config.json")
-        weight_files(folder)
+        files = weight_files(folder)
         encoder, info = UMT5EncoderModel.from_pretrained(
             folder, dtype=dtype or _text_dtype(device), output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed in info, and refused below
         )
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        check_loaded(folder, *(sorted(info[kind]) for kind in kinds))
+        faulty = {name for kind in kinds for name in info[kind]}
+        wanted = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+        found = tensor_shapes(files)
+        check_loaded(folder, differences(
+            {name: wanted[name] for name in faulty & wanted.keys()},
+            {name: found[name] for name in faulty & found.keys()},
+        ))
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         return cls(encoder.to(device), tokenizer, max_length)
 

@@ -16,6 +16,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from model.names import differences, first_ten
+
 WAN_HUB_ID = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 TANGOFLUX_HUB_ID = "declare-lab/TangoFlux"
 FLAN_T5_HUB_ID = "google/flan-t5-large"
@@ -52,9 +54,12 @@ def one_line_errors(
         raise kind(f"{what}: cannot be loaded ({text}); {fix}") from error
 
 
-def resolve_folder(source: str | Path, key: str, hub_id: str, patterns: list[str]) -> Path:
+def resolve_folder(
+    source: str | Path, key: str, hub_id: str, patterns: list[str], download: bool = True
+) -> Path:
     """A local folder as it is, or the downloaded snapshot of a hub id `owner/name`.
 
+    ``download`` False: only a snapshot that is on this machine.
     FileNotFoundError names `key`, the value and `hub_id` (what to download instead).
     """
     path = Path(source)
@@ -66,7 +71,8 @@ def resolve_folder(source: str | Path, key: str, hub_id: str, patterns: list[str
             f"or the hub id itself"
         )
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(
+            str(source), allow_patterns=patterns, local_files_only=not download))
     except (OSError, ValueError) as error:  # every hub error is one of the two
         raise FileNotFoundError(
             f"{key}={source}: neither a folder here nor a hub id that could be downloaded "
@@ -147,23 +153,29 @@ def iter_tensors(files: list[Path], prefix: str = "") -> Iterator[tuple[str, Ten
             yield name.removeprefix(prefix), file.get_tensor(name)
 
 
+def tensor_shapes(files: list[Path], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Name without prefix -> shape of every tensor whose name starts with `prefix`."""
+    shapes = {}
+    for path in files:
+        with open_weights(path) as file:
+            shapes.update({name.removeprefix(prefix): tuple(file.get_slice(name).get_shape())
+                           for name in file.keys() if name.startswith(prefix)})
+    return shapes
+
+
 def load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy tensors into the module; ValueError on a missing, unknown or mis-shaped one."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misshaped = sorted(
-        name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape
-    )
-    check_loaded(path, missing, unknown, misshaped)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_loaded(path, differences(wanted, found))
     module.load_state_dict(tensors)
 
 
-def check_loaded(path: Path, missing: list, unknown: list, misshaped: list) -> None:
-    """ValueError naming the first offender of each kind; from_pretrained only warns."""
-    kinds = {"missing": missing, "unknown": unknown, "of another shape": misshaped}
-    faults = [f"{len(v)} tensor(s) {kind} (first: {v[0]})" for kind, v in kinds.items() if v]
+def check_loaded(path: Path, faults: list[str]) -> None:
+    """ValueError that lists the first ten tensors that do not fit; from_pretrained only warns."""
     if faults:
-        raise ValueError(f"{path}: {', '.join(faults)}; weights and config do not belong together")
+        raise ValueError(f"{path}: weights and config do not belong together, {len(faults)} "
+                         f"tensors do not fit; download both again: {first_ten(faults)}")
 
 
 def fingerprint(
@@ -225,12 +237,12 @@ def tangoflux_file(tangoflux: str | Path, name: str) -> tuple[Path, dict[str, An
     return path, read_json(config)
 
 
-def t5_folder(tangoflux_folder: Path, name: str) -> Path:
+def t5_folder(tangoflux_folder: Path, name: str, download: bool = True) -> Path:
     """Flan-T5's config and tokenizer: inside the TangoFlux folder, elsewhere, or on the hub."""
     folder = tangoflux_folder / name
     if not folder.is_dir():
         patterns = ["config.json", *TOKENIZER_FILES]
-        folder = resolve_folder(name, "text_encoder_name", FLAN_T5_HUB_ID, patterns)
+        folder = resolve_folder(name, "text_encoder_name", FLAN_T5_HUB_ID, patterns, download)
     require_file(folder / "config.json", "text_encoder_name", FLAN_T5_HUB_ID)
     return check_json_files(require_tokenizer(folder, "text_encoder_name", FLAN_T5_HUB_ID))
 

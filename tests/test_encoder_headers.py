@@ -4,9 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel
 
+from model import encoder_headers
 from model.encoder_headers import check_encoders
+from model.files import FLAN_T5_HUB_ID
 from model.released import PretrainedError
 from tests import tiny
 
@@ -48,6 +52,40 @@ def test_a_missing_and_a_misshapen_tensor_are_named(folders, tmp_path, file, nam
     save_file(tensors | {name: tensors[name][:1]}, path)
     fits, lines = check_encoders("t2av", *folders)
     assert not fits and f"  {encoder}: {short}: model {shape}, file (1,)" in lines
+
+
+@pytest.fixture
+def as_released(folders, monkeypatch):
+    """config.json names Flan-T5 on the hub, which is not on this machine."""
+    path = folders[1] / "config.json"
+    config = json.loads(path.read_text()) | {"text_encoder_name": FLAN_T5_HUB_ID}
+    path.write_text(json.dumps(config))
+    values = json.loads((folders[1] / "text_encoder/config.json").read_text())
+    monkeypatch.setattr(encoder_headers, "FLAN_T5_LARGE", values)
+    shutil.rmtree(folders[1] / "text_encoder")
+
+    def absent(source, allow_patterns, local_files_only):
+        assert local_files_only  # a check of what is here downloads nothing
+        raise OSError("not here")
+
+    monkeypatch.setattr("model.files.snapshot_download", absent)
+    return folders
+
+
+def test_the_released_text_encoder_is_looked_at_without_the_hub(as_released):
+    fits, lines = check_encoders("t2av", *as_released)
+    assert fits and "parameters in" in lines[3] and "its tokenizer is not there" in lines[3]
+    path = as_released[1] / "tangoflux.safetensors"
+    tensors, name = load_file(path), "text_encoder.encoder.final_layer_norm.weight"
+    save_file(tensors | {name: tensors[name][:1]}, path)
+    fits, lines = check_encoders("t2av", *as_released)
+    assert not fits and lines[4].endswith("final_layer_norm.weight: model (32,), file (1,)")
+
+
+def test_flan_t5_large_has_its_published_size():
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config(**encoder_headers.FLAN_T5_LARGE))
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 341_231_104
 
 
 def test_absence_is_said_and_no_fault(folders):
