@@ -18,6 +18,7 @@ from model.joint_config import AVFullDiTConfig
 from model.names import differences, first_ten
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-?????-of-?????.safetensors"
 MODEL_TYPE = "avfulldit"
 
 
@@ -34,9 +35,11 @@ def write_folder(
     """config.json, and model.safetensors or numbered shards with an index."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # A leftover of an earlier save with another number of shards would contradict the index.
-    for stale in (*folder.glob("model*.safetensors"), *folder.glob(INDEX)):
-        stale.unlink()
+    # The config goes first and comes last: a folder with one is a whole model. Leftovers of an
+    # earlier save would contradict the index; other files of the user's stay.
+    for pattern in (CONFIG, INDEX, SINGLE, SHARDS):
+        for stale in folder.glob(pattern):
+            stale.unlink()
     shards = _shards(state, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -49,7 +52,6 @@ def write_folder(
     if len(shards) > 1:
         size = sum(_bytes(tensor) for tensor in state.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    # Last: a folder with a config is a whole model.
     _write_json(folder / CONFIG, {"model_type": MODEL_TYPE, **config.to_dict()})
 
 

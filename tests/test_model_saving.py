@@ -70,6 +70,27 @@ def test_a_smaller_save_leaves_no_stale_shard(tmp_path):
     assert same(model, AVFullDiT.from_pretrained(tmp_path))
 
 
+def test_a_save_over_another_keeps_strangers_and_no_config_until_it_is_whole(
+    tmp_path, monkeypatch
+):
+    model = AVFullDiT(towers.CONFIG)
+    model.save_pretrained(tmp_path, max_shard_bytes=200_000)
+    (tmp_path / "model_ema.safetensors").write_bytes(b"another's")
+    written = []
+
+    def full_disk(*arguments, **more):
+        if written:
+            raise OSError("No space left on device")
+        written.append(save_file(*arguments, **more))
+
+    monkeypatch.setattr("model.saving.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path, max_shard_bytes=300_000)
+    assert (tmp_path / "model_ema.safetensors").read_bytes() == b"another's"
+    with pytest.raises(SavedModelError, match="config.json is not there"):
+        AVFullDiT.from_pretrained(tmp_path)
+
+
 def test_torch_and_safetensors_are_enough(tmp_path):
     AVFullDiT(towers.CONFIG).save_pretrained(tmp_path)
     script = f"""
