@@ -4,6 +4,7 @@ import json
 import shutil
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,6 +141,23 @@ def test_files_are_read_one_tensor_at_a_time(wan, tangoflux, monkeypatch):
     monkeypatch.setattr("model.released.open_weights", open_counted)
     load_pretrained(build(wan, tangoflux), wan, tangoflux, write=write)
     assert len(earlier) > 100
+
+
+@torch.no_grad()
+def test_velocity_equals_tangoflux_loaded_from_its_file(wan, tangoflux):
+    """From the released file through the names of both sides; tau is 1."""
+    video, audio = read_tower_configs(wan, tangoflux)
+    model = AVFullDiT(replace(towers.CONFIG, video=video, audio=audio))
+    load_pretrained(model, wan, tangoflux)
+    tensors = load_file(tangoflux / "tangoflux.safetensors")
+    released = towers.TangoFlux().eval()
+    released.load_state_dict(
+        {name: value for name, value in tensors.items() if not name.startswith("text_encoder.")})
+    inputs = towers.joint_inputs()
+    expected = released(*(inputs[key] for key in (
+        "noisy_audio", "t", "audio_text", "audio_text_mask", "duration")))
+    velocity = model(**inputs, cross_modal=False)[1]
+    torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=0)
 
 
 def test_one_error_lists_missing_extra_and_misshapen(broken, wan, tangoflux):
