@@ -15,11 +15,13 @@ from torch.nn.attention import SDPBackend
 from model.attention import (
     KERNELS,
     PACKAGES,
+    QKV,
     SDPA_BACKENDS,
     Attention,
     fastest,
     installed,
 )
+from model.joint import AVFullAttention
 
 CUDA = torch.device("cuda")
 CASES = [("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16),
@@ -61,10 +63,34 @@ def test_kernel_equals_softmax_forward_and_backward(kernel, device, dtype):
     compare(kernel, device, dtype, 7, 11)
 
 
+# Video, audio and text tokens of a clip of 2 s and of 5 s.
+LENGTHS = [(780, 44, 65), (1860, 109, 65)]
+SLICES = [slices for video, audio, text in LENGTHS for slices in (
+    (video, video + audio), (audio, video + audio + text), (text, audio + text))]
+
+
+@pytest.mark.parametrize(("num_query", "num_key"), [*SLICES, (780, 512)])
 @pytest.mark.parametrize(("kernel", "device", "dtype"), CASES)
-def test_kernel_at_the_papers_lengths(kernel, device, dtype):
-    """780 video, 44 audio, 65 text tokens: audio's queries over all keys of a joint block."""
-    compare(kernel, device, dtype, 44, 780 + 44 + 65, heads=2, dim=128)
+def test_kernel_at_the_papers_lengths(kernel, device, dtype, num_query, num_key):
+    """The three slices of a joint block, and cross-attention to the video caption."""
+    compare(kernel, device, dtype, num_query, num_key, heads=1, dim=128)
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype"), CASES)
+def test_avfull_attention_is_one_masked_softmax_on_every_kernel(kernel, device, dtype):
+    num_video, num_audio, num_text = LENGTHS[0]
+    torch.manual_seed(0)
+    video, stream = (QKV(*torch.randn(3, 1, length, 2, 128).to(device, dtype))
+                     for length in (num_video, num_audio + num_text))
+    kind = torch.tensor([0] * num_video + [1] * num_audio + [2] * num_text, device=device)
+    hidden = (kind[:, None] - kind).abs() == 2  # video and the audio caption
+    bias = torch.zeros(len(kind), len(kind), dtype=torch.float64, device=device)
+    union = (torch.cat(pair, dim=1).double() for pair in zip(video, stream, strict=True))
+    expected = softmax_attention(*union, bias.masked_fill(hidden, -math.inf))
+    outputs = AVFullAttention(Attention(kernel), "masked")(
+        video, stream, num_audio, cross_modal=True)
+    error = torch.cat(outputs, dim=1).double() - expected
+    assert error.norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "sdpa_math", "sdpa_flash"])
