@@ -4,8 +4,10 @@
 
 Two ranks under ZeRO-3 with two shapes of clips, an EMA and a loader worker each. A kill takes a
 rank, its loader worker, or everything at once; a third of them wait for a save to be under way.
-The other processes must end by themselves. Prints one line per kill and the verdict; exits 0 only
-if weights, moments, EMA and losses are those of a run that nobody disturbed, bit for bit.
+The other ranks mostly end by themselves; one that waits for a dead one where nothing tells it (a
+start, streaming's barrier of loader workers) is ended as srun does. Prints one line per kill and
+the verdict; exits 0 only if weights, moments, EMA and losses are those of a run that nobody
+disturbed, bit for bit.
 tests/test_training_kills.py does the same with ten kills.
 """
 
@@ -32,7 +34,7 @@ from training.tags import tag_of
 # part of a short run, are done once, in the server that they are forked from.
 PROCESSES = multiprocessing.get_context("forkserver")
 RANKS = 2
-GONE_WITHIN = 100  # seconds for the others to end by their watchdogs' budgets
+LAUNCHER_WAITS = 30  # seconds before a launcher ends the other ranks, as `srun --wait` does
 SAVE_EVERY = 4
 TAGS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm")
 
@@ -65,7 +67,6 @@ validate_every: 100000
 validation_samples: 2
 save_every: {SAVE_EVERY}
 self_check: false
-watchdog: {{data: 40, compute: 60, checkpoint: 60, validation: 60}}
 deepspeed: {root}/engine.json
 """)
     return config
@@ -133,11 +134,12 @@ class Life:
         return self.end()
 
     def end(self) -> list[int | None]:
-        """Exit codes, once every process is gone; AssertionError if one stays."""
-        deadline = time.monotonic() + GONE_WITHIN
+        """Exit codes, once every rank is gone, by itself or because the launcher waited enough."""
+        deadline = time.monotonic() + LAUNCHER_WAITS
         for process in self.ranks:
             process.join(max(deadline - time.monotonic(), 0))
-            assert not process.is_alive(), f"a rank stayed; see {self.log}"
+            process.kill()
+            process.join()
         return [process.exitcode for process in self.ranks]
 
 
