@@ -6,22 +6,14 @@ A shard that cannot be read stops the run on every rank in the same step, or is 
 a ledger tells. Called by train.py.
 """
 
-import contextlib
 import functools
 import json
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from streaming import StreamingDataLoader
 from torch import Tensor
 
 from data.agreement import agree
@@ -29,6 +21,7 @@ from data.order import locate
 from data.schema import Batch, DataError, Metadata, collate
 from data.shards import ShardDataset
 from data.sources import DataConfig, Opened, buckets, open_streams
+from data.workers import Loader, begin_worker, start_server
 
 Substitution = dict[str, Any]
 T = TypeVar("T")
@@ -170,21 +163,15 @@ def _local_batches(
     dataset: ShardDataset, metadata: list[Metadata], first_step: int
 ) -> Generator[tuple[int, Batch, list[Substitution]], None, None]:
     config, steps = dataset.config, dataset.order.steps_per_epoch
-    # A fork with threads alive (NCCL, tokenizers) can hang: workers come from a clean server,
-    # which imports what they need once.
-    context = multiprocessing.get_context("forkserver") if config.num_workers else None
-    if context:
-        context.set_forkserver_preload(["data.dataset"])
-        _start_deaf_server()
-    loader = _Loader(
+    loader = Loader(
         dataset,
         batch_size=dataset.batch_size,
         num_workers=config.num_workers,
         collate_fn=functools.partial(_collate, metadata=metadata),
         timeout=0,  # or a killed worker goes unnoticed for as long; the watchdog has a budget
         persistent_workers=config.num_workers > 0,
-        multiprocessing_context=context,
-        worker_init_fn=_begin_worker if config.num_workers else None,
+        multiprocessing_context=start_server() if config.num_workers else None,
+        worker_init_fn=begin_worker if config.num_workers else None,
     )
     epoch, seen = locate(first_step, steps)
     try:
@@ -207,58 +194,6 @@ def _local_batches(
             loader._iterator._shutdown_workers()
         if hasattr(dataset, "_iterator"):
             dataset._iterator.non_blocking_exit()  # the threads of this process
-
-
-class _Loader(StreamingDataLoader):
-    def _get_iterator(self) -> Any:
-        with _without_main():
-            return super()._get_iterator()
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Each worker would import the program that started it, DeepSpeed and all: seconds and memory.
-
-    That the fork server could do it once is what Python promises for "__main__" and 3.11 forgets.
-    """
-    main: dict[str, Any] = vars(sys.modules["__main__"])
-    hidden: dict[str, Any] = {key: main.pop(key) for key in ("__file__", "__spec__") if key in main}
-    main["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.update(hidden)
-
-
-def _begin_worker(worker: int) -> None:
-    _ignore_stop_signals()
-    # PyTorch watches the parent, which is the fork server, and that waits for its workers.
-    threading.Thread(target=_end_with_rank, daemon=True).start()
-
-
-def _end_with_rank() -> None:
-    """A killed rank's workers would stay for ever, with its memory and its job step."""
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()
-    os._exit(1)
-
-
-def _ignore_stop_signals() -> None:
-    """Slurm signals every process of a job; whether to stop is for the rank to say."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _start_deaf_server() -> None:
-    """The workers' parent, and Python's resource tracker, inherit that they ignore signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    _ignore_stop_signals()
-    try:
-        forkserver.ensure_running()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _collate(

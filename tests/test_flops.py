@@ -36,6 +36,7 @@ def test_equals_torchs_flop_counter(name, length):
     inputs = video_inputs() if config.task == "t2v" else joint_inputs()
     inputs["video_text_length"] = length
     shape = shape_of(config, inputs)
+    assert model.attention_kernel == "sdpa_math"  # tried now, not while we count
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         video, audio = model(**inputs)
     assert forward_flops(config, shape) == forward.get_total_flops()
