@@ -8,7 +8,6 @@ The other ranks mostly end by themselves; one that waits for a dead one where no
 start, streaming's barrier of loader workers) is ended as srun does. Prints one line per kill and
 the verdict; exits 0 only if weights, moments, EMA and losses are those of a run that nobody
 disturbed, bit for bit.
-tests/test_training_kills.py does the same with ten kills.
 """
 
 import argparse
