@@ -186,8 +186,8 @@ def _local_batches(
                 )
             epoch, seen = epoch + 1, 0
     except (ConnectionError, EOFError) as error:  # what it had ready was in its own memory
-        raise RuntimeError("a DataLoader worker exited before its batch was taken; killed for "
-                           "memory? (data.num_workers)") from error
+        raise RuntimeError("a DataLoader worker exited before its batch was taken; if it was "
+                           "killed for memory, lower data.num_workers or ask for more") from error
     finally:
         # Left to the garbage collector, each worker would be waited for in vain for 5 s.
         if loader._iterator is not None:

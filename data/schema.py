@@ -71,7 +71,7 @@ class Batch(NamedTuple):
     audio_std: Tensor  # (B, L, C) float32
     has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
     audio_weight: Tensor  # (B,) float32 of the audio loss: 0 without sound; `data.dataset` scales
-    video_text: Tensor  # (B, rows, D) bfloat16: the longest caption and at least one row of zeros
+    video_text: Tensor  # (B, rows, D) bfloat16: the longest caption, then a row of zeros or more
     audio_text: Tensor  # (B, 64, D) bfloat16
     audio_text_mask: Tensor  # (B, 64) bool, True = token
     duration: Tensor  # (B,) float32, seconds
@@ -143,11 +143,11 @@ def pack(
 
 
 def collate(samples: list[dict[str, Any]], metadata: Metadata) -> Batch:
-    """MDS samples -> Batch: latents normalised, video text zero-padded to the longest caption's.
+    """MDS samples -> Batch: latents normalised, video text zero-padded to `rows`.
 
-    Rounded up to a multiple of 32, so that few shapes occur. The 512 rows that the model attends to
-    would be three quarters of a batch's bytes; they are all zero, hence alike, and the model
-    computes one of them (AVFullDiT.forward).
+    That is the longest caption and a row of padding, up to a multiple of TEXT_ROWS, so that few
+    shapes occur, and at most Nt. The rest of the Nt rows that the model attends to would be three
+    quarters of a batch's bytes; all are zero, and the model computes one (AVFullDiT.forward).
     """
     longest = max(len(sample["video_text"]) for sample in samples)
     rows = min(-(-(longest + 1) // TEXT_ROWS) * TEXT_ROWS, metadata.video_text_length)

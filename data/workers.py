@@ -17,6 +17,8 @@ from streaming import StreamingDataLoader
 
 
 class Loader(StreamingDataLoader):
+    """A StreamingDataLoader whose workers import the data set's modules alone."""
+
     def _get_iterator(self) -> Any:
         with _without_main():
             return super()._get_iterator()
@@ -38,6 +40,7 @@ def _without_main() -> Iterator[None]:
 
 
 def begin_worker(worker: int) -> None:
+    """The loader's `worker_init_fn`: leaves stopping to the rank, and ends with it."""
     _ignore_stop_signals()
     # PyTorch watches the parent, which is the fork server, and that waits for its workers.
     threading.Thread(target=_end_with_rank, daemon=True).start()

@@ -213,7 +213,7 @@ def barrier(world: World) -> None:
 def shutdown() -> None:
     """Leave the process group; end what would keep this process.
 
-    The loader's workers ignore SIGTERM (data.dataset), and Python waits for them when it exits:
+    The loader's workers ignore SIGTERM (data.workers), and Python waits for them when it exits:
     without this a rank that crashed stayed for minutes.
     """
     for child in multiprocessing.active_children():
