@@ -51,7 +51,8 @@ from training.guard import BadNumbersError, Drawn
 from training.health import Health, group_places
 from training.metrics import Clock, MetricWriter
 from training.resume import check_resume, describe_run
-from training.run_dir import CheckpointError, lock_run
+from training.run_dir import CheckpointError
+from training.run_lock import lock_run
 from training.safety import Agreed, Safety
 from training.tags import Retention, find_checkpoint
 from training.watch import Scale, Watch
@@ -183,6 +184,8 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
              ema is not None, os.environ)
     if world.is_main:
         writer.say(budget(run_dir, first, *means))
+    if first < config.max_steps and not config.validate_only:
+        safety.refuse_too_little_time()
     step, epoch, clock, began = first, 0, Clock(), Clock()
     while True:
         done = step >= config.max_steps or config.validate_only or safety.stop is not None

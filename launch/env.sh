@@ -10,14 +10,16 @@
 # export NCCL_IB_HCA=mlx5                                  # EDIT
 # export HF_HUB_OFFLINE=1                                  # EDIT where nodes have no internet
 
-# Caches. Per job, on the node's own disk: streaming keeps its locks in TMPDIR, a compiler's cache
-# on a shared disk is slow, and one that a killed job left locked stops the next.
+# Caches. Per job, on the node's own disk: streaming keeps its locks in TMPDIR, and a compiler's
+# cache on a shared disk is slow. What DeepSpeed builds lasts; in a job train.sbatch gives each node
+# a folder of its own for it.
 caches=$PWD/.cache
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then
   caches=${SLURM_TMPDIR:-/tmp}/avfulldit-$SLURM_JOB_ID     # EDIT: where the node-local disk is
   export TMPDIR=$caches
+else
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions}
 fi
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$caches/torch_extensions}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
 # export HF_HOME=/scratch/$USER/huggingface                # EDIT where home is small
 

@@ -15,7 +15,8 @@ from tests.checkpoint_worker import DECAY, build, resume, same, save, say, state
 from training import checkpoint, manifest, storage, tags
 from training.distributed import World, barrier, leave, resolve_world, shutdown, start
 from training.ema import EMA
-from training.run_dir import CheckpointError, lock_run
+from training.run_dir import CheckpointError
+from training.run_lock import lock_run
 
 
 def refused(message: str, action: Callable) -> None:

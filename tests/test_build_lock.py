@@ -53,3 +53,9 @@ def test_on_several_nodes_a_young_one_is_only_named(lock, tmp_path, capsys):
     assert f"{lock} is" in capsys.readouterr().err
     os.utime(lock, (time.time() - 1000,) * 2)
     assert remove_dead_locks(environ, True) == [lock]
+
+
+def test_in_a_nodes_own_folder_it_goes_whatever_its_age(lock, tmp_path):
+    lock.touch()
+    environ = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "SLURMD_NODENAME": tmp_path.name}
+    assert remove_dead_locks(environ, True) == [lock]

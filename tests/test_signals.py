@@ -7,7 +7,14 @@ import time
 import pytest
 
 from tests.faults import Ranks, lines, start_runs, status, write_world
-from training.signals import SAFETY_SECONDS, STOP_FILE, Requests, stop_reason
+from training.signals import (
+    SAFETY_SECONDS,
+    STOP_FILE,
+    UNMEASURED_SAVE_SECONDS,
+    Requests,
+    stop_reason,
+)
+from training.status import decide
 
 
 @pytest.fixture
@@ -129,11 +136,14 @@ def test_a_signal_to_every_process_leaves_the_loaders_workers_alive(tmp_path):
 
 @pytest.mark.faults
 def test_the_end_of_the_job_stops_in_time(tmp_path):
+    """First a limit that leaves room for a start and for some steps; then one that does not."""
     root = write_world(tmp_path)
-    end = str(int(time.time()) + 240)
-    ranks = Ranks(1, [f"{root}/run.yaml", "max_steps=100000", f"run_dir={root}/run",
-                      "log_every=1000"], SLURM_JOB_END_TIME=end)
-    codes, outputs = ranks.finish(300)
+    arguments = [f"{root}/run.yaml", "max_steps=100000", f"run_dir={root}/run", "log_every=1000"]
+    end = str(int(time.time() + SAFETY_SECONDS + 2 * UNMEASURED_SAVE_SECONDS) + 40)
+    codes, outputs = Ranks(1, arguments, SLURM_JOB_END_TIME=end).finish(400)
     assert codes == [0], outputs
-    assert status(root / "run")["reason"] == "time limit"
+    assert status(root / "run")["reason"] == "time limit" and status(root / "run")["step"] > 1
     assert time.time() < float(end) - SAFETY_SECONDS / 2
+    codes, outputs = Ranks(1, arguments, SLURM_JOB_END_TIME=end).finish(400)
+    assert codes == [78] and "submit with a longer --time" in outputs[0], outputs
+    assert decide(root / "run", 78) == (False, "a configuration that cannot run")

@@ -89,7 +89,15 @@ def test_time_limit_signal_checkpoints_and_the_same_run_goes_on(runs, slurm, ref
     assert drawn == pytest.approx(reference, rel=1e-6)  # float32 there
     log = slurm.log(job)
     assert "requeue: preempted, exit 0" in log and f"resuming at step {step}" in log, log
-    assert "requeued by the job itself 1 times" in runs.status("limit")
+    assert "starts      2, of them requeued 1, 1 by the job itself" in runs.status("limit")
+
+
+def test_a_time_limit_without_room_is_refused(runs, slurm):
+    """And its signal, due from the first moment on, does not kill what has only just started."""
+    job = runs.submit("short", "--time=4", "--signal=USR1@900", nodes="1")
+    found = slurm.wait(job, "FAILED")
+    assert found["ExitCode"] == "78:0" and found["Restarts"] == "0", slurm.log(job)
+    assert "submit with a longer --time" in slurm.log(job)
 
 
 def test_preempted_by_a_higher_partition_it_resumes(runs, slurm, reference):

@@ -9,7 +9,7 @@ import pytest
 from tests.launch import ROOT, run
 from tools.status import StatusError, find_run, main, read_run, report
 from training.manifest import Manifest, write_manifest
-from training.status import decide, write_status
+from training.status import TIME_FORMAT, decide, write_status
 
 
 def write_lines(path, *lines):
@@ -58,7 +58,7 @@ def test_everything_is_told(folder):
         "held-out    video 0.3000  audio 0.7000  at step 20",
         "checkpoint  step 30, 0 s ago, whole: 1 files, 5e-09 GB, written by 4 ranks; 1 there",
         "job         7-1 on n[1-2], 4 ranks, started 3 min ago",
-        "starts      2, requeued by the job itself 1 times, on n[1-2]",
+        "starts      2, of them requeued 1, 1 by the job itself, on n[1-2]",
         "skips       1 updates, 2 events; last gradient not finite at step 33",
     ):
         assert line in told, told
@@ -88,15 +88,33 @@ def test_a_run_that_died_in_silence_is_doubted(folder):
 
 
 def test_a_start_that_has_not_got_so_far_and_a_cancelled_job(folder):
-    os.utime(folder / "status.json", (time.time() - 400,) * 2)  # of the start before
+    status = json.loads((folder / "status.json").read_text())  # of the start before
+    status["time"] = time.strftime(TIME_FORMAT, time.localtime(time.time() - 400))
+    (folder / "status.json").write_text(json.dumps(status))
     assert "state       starting, running before" in report(read_run(folder))
     write_status(folder, "preempted")  # scancel ends the script too: no END follows
     assert "state       preempted, last sign 0 s ago" in report(read_run(folder))
 
 
+def test_a_start_that_the_preflight_ended(tmp_path):
+    line = {"job": "8-0", "nodes": "n1", "ranks": 2, "stage": "preflight", "exit": None}
+    start = line | {"event": "START", "time": time.time() - 30}
+    write_lines(tmp_path / "jobs.jsonl", start)
+    assert "state       starting; last sign" in report(read_run(tmp_path))
+    write_lines(tmp_path / "jobs.jsonl", start,
+                line | {"event": "END", "time": time.time() - 9, "exit": 1})
+    told = report(read_run(tmp_path))
+    assert "state       ended with exit 1 9 s ago, in preflight: see the job's log" in told
+
+
+def test_it_imports_nothing_heavy():
+    code = "import sys, tools.status; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    assert run(["python", "-c", code]).stdout == "[]\n"
+
+
 def test_the_requeue_that_was_decided_is_shown(folder):
     assert decide(folder, 1)[0]
-    assert "requeued by the job itself 2 times" in report(read_run(folder))
+    assert "requeued 1, 2 by the job itself" in report(read_run(folder))
 
 
 def test_what_is_no_run_is_an_error(tmp_path, capsys):

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import ConfigError, overlay, parse_overrides, read_yaml
-from training.status import read_status
+from training.manifest import MANIFEST, read_manifest, wrong_size
+from training.run_dir import CheckpointError
+from training.status import latest_state, read_status
 
 RECENT = 20  # training records that speed and mean loss are taken from
 SILENT_SECONDS = 600.0  # beyond this and ten log periods, "running" is doubted
@@ -97,16 +99,18 @@ def describe_state(run: Run) -> str:
              if (path := run.path / name).exists()]
     silent = run.now - max(signs, default=run.now)
     last = run.jobs[-1] if run.jobs else {}
-    if last.get("event") == "END" and state == "running":
-        return f"ended with exit {last['exit']} {ago(run.now - last['time'])} ago, unexpectedly"
-    status = run.path / "status.json"
-    starting = last.get("event") == "START" and not (
-        status.exists() and status.stat().st_mtime >= last["time"])
+    told = latest_state(run.path) != "unknown"  # by the newest start
+    if last.get("event") == "END" and (state == "running" or not told):
+        where = f"in {last['stage']}" if last.get("stage") == "preflight" else "unexpectedly"
+        return (f"ended with exit {last['exit']} {ago(run.now - last['time'])} ago, {where}: see "
+                "the job's log")
+    starting = last.get("event") == "START" and not told
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
     if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
         return f"running?  NO SIGN FOR {ago(silent)}: the job may be dead"
     if starting:
-        return f"starting, {state} before; last sign {ago(silent)} ago"
+        before = "" if state == "unknown" else f", {state} before"
+        return f"starting{before}; last sign {ago(silent)} ago"
     reason = f": {run.status['reason']}" if run.status.get("reason") else ""
     return f"{state}{reason}, last sign {ago(silent)} ago"
 
@@ -141,10 +145,6 @@ def describe_steps(run: Run) -> list[str]:
 
 def describe_checkpoint(run: Run) -> str:
     """The newest one, and whether its manifest and the sizes of its files are right."""
-    from training.manifest import MANIFEST, read_manifest  # slow: only where it is needed
-    from training.run_dir import CheckpointError
-    from training.tags import wrong_size
-
     tags = sorted(run.path.glob(f"checkpoints/step*/{MANIFEST}"))
     if not tags:
         return "none yet"
@@ -163,14 +163,16 @@ def describe_checkpoint(run: Run) -> str:
 
 def describe_jobs(run: Run) -> list[str]:
     starts = [entry for entry in run.jobs if entry["event"] == "START"]
+    restarts = sum(not entry["job"].endswith("-0") for entry in starts)
     lines = []
     if starts:
         last, ended = starts[-1], run.jobs[-1]["event"] == "END"
         lines.append(
             f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
             f"{'ended' if ended else 'started'} {ago(run.now - run.jobs[-1]['time'])} ago")
-        lines.append(f"starts      {len(starts)}, requeued by the job itself {len(run.requeues)} "
-                     f"times, on {', '.join(sorted({entry['nodes'] for entry in starts}))}")
+        nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
+        lines.append(f"starts      {len(starts)}, of them requeued {restarts}, {len(run.requeues)} "
+                     f"by the job itself, on {nodes}")
     return lines
 
 

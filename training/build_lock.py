@@ -18,10 +18,15 @@ SHARED_AGE_SECONDS = 900.0  # on several nodes: no build takes so long
 
 
 def remove_dead_locks(environ: Mapping[str, str], several_nodes: bool) -> list[Path]:
-    """Delete locks that nobody holds and say so; name those that may be another node's."""
+    """Delete locks that nobody holds and say so; name those that may be another node's.
+
+    Returns: what was deleted. A folder named after this node, as launch/train.sbatch has it, holds
+    no other node's.
+    """
     from torch.utils.cpp_extension import get_default_build_root  # looks for compilers
 
     root = Path(environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    several_nodes &= environ.get("SLURMD_NODENAME", "") not in root.parts
     suspects = [lock for lock in root.glob("**/lock") if holder(lock) is None]
     if suspects:
         time.sleep(SETTLE_SECONDS)

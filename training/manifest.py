@@ -74,3 +74,12 @@ def read_manifest(tag: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{path}: {first['loc']}: {first['msg']}") from error
+
+
+def wrong_size(tag: Path, manifest: Manifest) -> str | None:
+    """What is missing or cut among a checkpoint's files; None where all are there."""
+    for name, (size, _) in manifest.files.items():
+        path = tag / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{path} is missing or has not the {size} bytes that {MANIFEST} says"
+    return None

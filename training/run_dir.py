@@ -1,16 +1,12 @@
-"""A run directory: one writer at a time, files that are there whole or not at all.
+"""A run directory's files, there whole or not at all. Imports nothing heavy: for tools.status, too.
 
     RUN/config/*.json  RUN/metrics.jsonl  RUN/tb/  RUN/checkpoints/  RUN/samples/  RUN/lock
 """
 
-import fcntl
 import json
 import os
-import socket
 from pathlib import Path
-from typing import IO, Any
-
-from training.distributed import World, broadcast_object
+from typing import Any
 
 
 class CheckpointError(RuntimeError):
@@ -38,31 +34,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def lock_run(run_dir: Path, world: World) -> IO[str] | None:
-    """Refuse a second writer in one run directory; the lock goes with the process.
-
-    Returns the open file, to be kept until the end. Raises CheckpointError on every rank.
-    """
-    held, owner = None, ""
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.truncate(0)
-            held.write(f"{socket.gethostname()} pid {os.getpid()}\n")
-            held.flush()
-        except BlockingIOError:
-            held.seek(0)
-            owner = held.read().strip() or "another process"
-    owner = broadcast_object(owner, world)
-    if owner:
-        raise CheckpointError(
-            f"run_dir={run_dir} is being written by {owner}: stop it or choose another run_dir"
-        )
-    return held
 
 
 def keep_lines_before(path: Path, first_step: int) -> None:

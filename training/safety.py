@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from training.distributed import World, sum_over_ranks
+from training.config import ConfigError
+from training.distributed import World, broadcast_object, sum_over_ranks
 from training.failure import Failure, Last
 from training.guard import Drawn, Guard, GuardConfig
 from training.signals import STOP_FILE, Requests, stop_reason
@@ -83,6 +84,20 @@ class Safety:
         """What can be made only once the engine exists; `judged` is the checkpoint's guard."""
         self.guard = Guard(config, self.run_dir, self.world, first_step, judged)
         self.straggler = Straggler(self.world, device)
+
+    def refuse_too_little_time(self) -> None:
+        """Before a start's first step: a job that would stop right after it, again and again.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+        requests = self.requests
+        if broadcast_object(requests.time_is_up(), self.world):
+            left = (requests.end_time or 0.0) - time.time()
+            raise ConfigError(
+                f"the job ends in {left:.0f} s, and {requests.reserve():.0f} s before its end it "
+                "would save and stop: no time is left to train; submit with a longer --time"
+            )
 
     def begin_step(self, step: int, epoch: int, batch: Any, t: torch.Tensor) -> None:
         """Remember the batch in hand; nothing is computed."""

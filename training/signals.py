@@ -55,10 +55,11 @@ class Requests:
 
     def time_is_up(self) -> bool:
         """Whether another step, a validation and two saves no longer fit before the job's end."""
-        if self.end_time is None:
-            return False
-        reserve = SAFETY_SECONDS + sum(self.longest.values()) + self.longest["checkpoint"]
-        return time.time() + reserve >= self.end_time
+        return self.end_time is not None and time.time() + self.reserve() >= self.end_time
+
+    def reserve(self) -> float:
+        """Seconds to keep before the end."""
+        return SAFETY_SECONDS + sum(self.longest.values()) + self.longest["checkpoint"]
 
     def votes(self) -> list[float]:
         """[signal, time, STOP file, SAVE file], each 0 or 1, to be summed over the ranks."""

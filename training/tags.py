@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.distributed import World, broadcast_object, gather_objects
-from training.manifest import MANIFEST, Manifest, read_manifest
+from training.manifest import MANIFEST, Manifest, read_manifest, wrong_size
 from training.run_dir import CheckpointError
 from training.storage import file_sha256
 
@@ -79,14 +79,6 @@ def complete_tags(run_dir: Path) -> list[Path]:
         if not wrong_size(path.parent, manifest):
             found.append(path.parent)
     return found
-
-
-def wrong_size(tag: Path, manifest: Manifest) -> str | None:
-    for name, (size, _) in manifest.files.items():
-        path = tag / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{path} is missing or has not the {size} bytes that {MANIFEST} says"
-    return None
 
 
 def find_checkpoint(run_dir: Path, world: World) -> Found | None:

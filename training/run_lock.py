@@ -1,0 +1,35 @@
+"""One writer at a time in a run directory. Called by train.py."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from training.distributed import World, broadcast_object
+from training.run_dir import CheckpointError
+
+
+def lock_run(run_dir: Path, world: World) -> IO[str] | None:
+    """Refuse a second writer in one run directory; the lock goes with the process.
+
+    Returns the open file, to be kept until the end. Raises CheckpointError on every rank.
+    """
+    held, owner = None, ""
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held = open(run_dir / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.truncate(0)
+            held.write(f"{socket.gethostname()} pid {os.getpid()}\n")
+            held.flush()
+        except BlockingIOError:
+            held.seek(0)
+            owner = held.read().strip() or "another process"
+    owner = broadcast_object(owner, world)
+    if owner:
+        raise CheckpointError(
+            f"run_dir={run_dir} is being written by {owner}: stop it or choose another run_dir"
+        )
+    return held
