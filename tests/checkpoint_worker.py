@@ -169,8 +169,7 @@ def read_back(folder: Path, world: World, names: list[str]) -> None:
             losses = [train(made, step, world, ema) for step in (7, 8)]
             whole = [sum(gather_objects(loss, world)) / GLOBAL_BATCH for loss in losses]
             if ("bf16" in saved) == ("bf16" in name):
-                say(f"losses {saved} {' '.join(map(str, whole))}", world)
-    say("read back", world)
+                say(f"losses {folder.name}/{saved} {' '.join(map(str, whole))}", world)
 
 
 def say(name: str, world: World) -> None:

@@ -138,7 +138,8 @@ def test_a_signal_to_every_process_leaves_the_loaders_workers_alive(tmp_path):
 def test_the_end_of_the_job_stops_in_time(tmp_path):
     """First a limit that leaves room for a start and for some steps; then one that does not."""
     root = write_world(tmp_path)
-    arguments = [f"{root}/run.yaml", "max_steps=100000", f"run_dir={root}/run", "log_every=1000"]
+    arguments = [f"{root}/run.yaml", "max_steps=100000", f"run_dir={root}/run", "log_every=1000",
+                 "save_every=1000000"]
     end = str(int(time.time() + SAFETY_SECONDS + 2 * UNMEASURED_SAVE_SECONDS) + 40)
     codes, outputs = Ranks(1, arguments, SLURM_JOB_END_TIME=end).finish(400)
     assert codes == [0], outputs

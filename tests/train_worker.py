@@ -54,7 +54,10 @@ def main() -> None:
     start(world, 5)
     recorder = Recorder()
     recorder.install()
+    linear = torch.nn.functional.linear
     for run in json.loads(Path(sys.argv[1]).read_text()):
+        # DeepSpeed replaces it for ZeRO-3 and leaves it so: in bf16 it rounds once more.
+        torch.nn.functional.linear = linear
         config = load_config(train.RunConfig, run["config"], run["overrides"])
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         recorder.path = Path(config.run_dir) / f"drawn_rank{world.rank}.jsonl"
