@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data.card import build_card, write_card
 from data.decode import CutSpec, read_cut
 from data.filters import Print, build_print, find_near_duplicates
-from data.manifest import read_captions, read_manifest, read_records
+from data.manifest import check_lengths, read_captions, read_manifest, read_records
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -110,7 +110,7 @@ def examine(
     records: list[Record], spec: CutSpec, near: bool, workers: int
 ) -> tuple[Listing, float]:
     """(what stays and what goes, seconds of decoding per clip that stays)."""
-    _check_lengths(records, spec)
+    check_lengths(records, spec)
     job = partial(judge, spec=spec, near=near)
     judged = list(tqdm(spread(job, records, workers), total=len(records), unit="clip"))
     rejects = [one.record for one in judged if "reason" in one.record]
@@ -125,17 +125,6 @@ def examine(
     records = [one.record for index, one in enumerate(kept) if index not in gone]
     seconds = sum(one.seconds for one in judged) / max(1, len(records))
     return Listing(records, rejects), seconds
-
-
-def _check_lengths(records: list[Record], spec: CutSpec) -> None:
-    """DataError if the manifest was cut to another length than is asked for."""
-    for record in records:
-        length = record["t1"] - record["t0"] if "t1" in record and "t0" in record else None
-        if length is not None and abs(length - spec.duration) > 0.5 / spec.fps:
-            raise DataError(
-                f"frames={spec.frames}, fps={spec.fps:g}: {spec.duration:.3f} s, but the manifest "
-                f"cuts {record['id']} to {length:.3f} s; give the same --frames and --fps to both"
-            )
 
 
 def sample_bytes(spec: CutSpec, text_rows: int) -> int:

@@ -216,6 +216,10 @@ def test_bad_input_is_one_clear_line(tmp_path, manifest, weights, prepared, caps
     line = run_main(capsys, manifest, out, *towers, "--frames", 9, "--height", 40)
     assert "height=40" in line and "multiple of 32" in line
     assert "fps=0" in run_main(capsys, manifest, out, *towers, "--fps", 0)
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text(json.dumps(record("x", t0=0.0, t1=2.0)) + "\n")
+    line = run_main(capsys, longer, out, *towers, "--frames", 9, "--fps", 24)
+    assert "frames=9, fps=24, but the manifest cuts x to 2.000 s" in line
     assert not out.exists() and not list(tmp_path.glob(".out.partial*"))
 
 

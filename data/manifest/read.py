@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.cut import CutSpec
 from data.manifest.captions import CAPTIONS, check_text
 from data.schema import DataError
 
@@ -58,6 +59,21 @@ def read_records(path: Path, default_split: str) -> tuple[list[dict[str, Any]], 
     """As `read_manifest`, for who needs no captions: the records may lack them."""
     records, faults, _ = _read(path, default_split)
     return records, faults
+
+
+def check_lengths(records: list[dict[str, Any]], spec: CutSpec) -> None:
+    """DataError if the manifest was cut to another length than is asked for: its captions, marks
+    and filters are those of its own cuts.
+    """
+    for record in records:
+        if not all(isinstance(record.get(key), int | float) for key in ("t0", "t1")):
+            continue
+        length = record["t1"] - record["t0"]
+        if abs(length * spec.fps - spec.frames) > 0.5:
+            raise DataError(
+                f"frames={spec.frames}, fps={spec.fps:g}, but the manifest cuts {record['id']} to "
+                f"{length:.3f} s (t0 to t1); give the same --frames and --fps to both"
+            )
 
 
 def _read(

@@ -12,8 +12,9 @@ Many workers: start the same command in a Slurm array, under torchrun, or with -
 the same command again goes on, and redoes one shard per worker at most. The same command with
 --status tells how far all workers are.
 
-A manifest line: {"id", "path" (relative to the manifest), "video_caption", "audio_caption"} and,
-if wanted, "split" ("train"), "t0" (seconds; the centre window), and any key of your own.
+A manifest line: {"id", "path" (relative to the manifest), "video_caption", "audio_caption" ("" for
+a clip that stays without sound)} and, if wanted, "split" ("train"), "t0" (seconds; the centre
+window), "t1" (which must agree with --frames and --fps), and any key of your own.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 
 from data.cut import CutSpec
-from data.manifest import read_captions, read_manifest
+from data.manifest import check_lengths, read_captions, read_manifest
 from data.prepare.encoders import Encoders
 from data.prepare.job import Job, begun, clip_settings, partial_folder, refuse_change
 from data.prepare.merge import merge, tally
@@ -121,10 +122,11 @@ def read_job(args: argparse.Namespace) -> Job | None:
 def encode(args: argparse.Namespace) -> str:
     """One worker's share; the line to say at the end."""
     worker, workers = place(os.environ, args.worker, args.workers)
-    read_manifest(  # before minutes go into loading weights
+    values = {name: getattr(args, name) for name in SPEC_FLAGS} | {"keep_silent": args.keep_silent}
+    records, _ = read_manifest(  # before minutes go into loading weights
         args.manifest, args.split, args.captions and read_captions(args.captions)
     )
-    values = {name: getattr(args, name) for name in SPEC_FLAGS} | {"keep_silent": args.keep_silent}
+    check_lengths(records, CutSpec(**values))
     stored = begun(args.out)
     if stored is not None:
         given = clip_settings(args.manifest, args.captions, args.split, CutSpec(**values))
