@@ -108,8 +108,8 @@ class Life:
             time.sleep(0.0005)
         return False
 
-    def processes(self) -> list[list[int]]:
-        """Per rank: its own process, the loader's fork server, its workers."""
+    def processes(self) -> list[tuple[list[int], list[int]]]:
+        """Per rank: (its own process and all below it, of those its loader's workers)."""
         children: dict[int, list[int]] = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -121,10 +121,9 @@ class Life:
         found = []
         for process in self.ranks:
             assert process.pid is not None
-            family = [process.pid]
-            for member in family:
-                family += children.get(member, [])
-            found.append(family)
+            below = children.get(process.pid, [])  # the workers' fork server is there
+            workers = [worker for server in below for worker in children.get(server, [])]
+            found.append(([process.pid, *below, *workers], workers))
         return found
 
     def end_undisturbed(self) -> list[int | None]:
@@ -165,11 +164,12 @@ def _kill(life: Life, chance: random.Random) -> str | None:
         time.sleep(chance.uniform(0, 2.5))
     families = life.processes()
     kind = chance.choice(["rank 0", "rank 1", "a loader worker", "everything"])
-    family = families[0 if kind == "rank 0" else 1 if kind == "rank 1" else chance.randrange(RANKS)]
-    if kind == "a loader worker" and len(family) < 4:  # not started yet
-        kind, family = "rank 1", families[1]
-    victims = {"everything": [pid for each in families for pid in each],
-               "a loader worker": family[-1:]}.get(kind, family[:1])
+    rank = {"rank 0": 0, "rank 1": 1}.get(kind, chance.randrange(RANKS))
+    family, workers = families[rank]
+    if kind == "a loader worker" and not workers:  # not started yet
+        kind = f"rank {rank}"
+    victims = {"everything": [pid for each, _ in families for pid in each],
+               "a loader worker": workers[-1:]}.get(kind, family[:1])
     if not life.alive:
         return None
     for pid in victims:
