@@ -8,6 +8,7 @@ a ledger tells. Called by train.py.
 
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -41,8 +42,12 @@ class Ledger:
         """Drop what was written of steps that are about to be trained again."""
         if self.path is not None and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            # What is cut off was being written at a kill: after the last checkpoint.
+            kept = [line for line in lines
+                    if line.endswith("\n") and json.loads(line)["step"] < first_step]
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, self.path)
 
     def enter(self, step: int, substitutions: list[Substitution], total: int) -> None:
         """Note what all ranks met at `step`; DataError when too many of `total` samples are bad.

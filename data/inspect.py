@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 
 from data.contact_sheet import draw_contact_sheet, write_contact_sheet
+from data.index import read_index
 from data.mux import write_clip
 from data.provenance import check_provenance
 from data.schema import DataError, Metadata, load_metadata
-from data.stored import iter_samples, read_index
+from data.stored import iter_samples
 from model.encoders import AudioVAE, VideoVAE
 from model.files import one_line_errors
 

@@ -6,8 +6,8 @@ umT5 rows cut to their true length, Flan-T5 always 64 rows (backbones.md 7).
 """
 
 import dataclasses
+import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-FORMAT = 2  # raise it when a column changes its meaning
+FORMAT = 3  # raise it when a column changes its meaning
 TEXT_ROWS = 32  # a batch keeps a multiple of so many rows of video text
 HASH = "xxh64"  # of every shard, in its index; checked when a process first touches it
 METADATA_FILE, TEXT_FILE, REJECTS_FILE = "dataset.json", "text.safetensors", "rejects.jsonl"
+
+
+# What decoding bytes that are not a sample may raise.
+UNREADABLE = (ArithmeticError, AssertionError, LookupError, MemoryError, OSError, RecursionError,
+              TypeError, ValueError)
 
 
 class DataError(ValueError):
@@ -61,6 +67,9 @@ class Metadata:
     def duration(self) -> float:
         """Seconds of a sample, frames / fps: what the duration token is told."""
         return self.frames / self.fps
+
+
+_ADAPTER = TypeAdapter(Metadata)
 
 
 class Batch(NamedTuple):
@@ -193,13 +202,18 @@ def sample_fault(sample: dict[str, Any], metadata: Metadata) -> str | None:
 
 
 def save_metadata(root: Path, metadata: Metadata) -> None:
-    """Write dataset.json."""
-    text = json.dumps(dataclasses.asdict(metadata), indent=1, ensure_ascii=False)
+    """Write dataset.json, with a hash of itself."""
+    values = dataclasses.asdict(metadata)
+    text = json.dumps(values | {"sha256": _digest(values)}, indent=1, ensure_ascii=False)
     (root / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def load_metadata(root: str | Path) -> Metadata:
-    """Read dataset.json; DataError if it is not there or of another format."""
+    """Read dataset.json; DataError if it is not there, of another format or not as written."""
     path = Path(root) / METADATA_FILE
     if not path.is_file():
         raise DataError(f"data.root={root}: no {METADATA_FILE}; {how_to_prepare(root)}")
@@ -210,9 +224,13 @@ def load_metadata(root: str | Path) -> Metadata:
                 f"{path}: format {values.get('format')}, this code reads format {FORMAT}; "
                 f"{how_to_prepare(root)}"
             )
-        return Metadata(**values)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
+        if values.pop("sha256", None) != _digest(values):
+            raise DataError(f"{path}: differs from its own sha256; copy the data set again")
+        return _ADAPTER.validate_python(values)
+    except DataError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({error}); copy the data set again") from error
 
 
 def load_text_states(root: str | Path) -> dict[str, Tensor]:
@@ -228,30 +246,6 @@ def load_text_states(root: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise DataError(f"{path}: damaged ({error}); {how_to_prepare(root)}") from error
-
-
-def check_split(root: str | Path, split: str, whole: bool) -> None:
-    """DataError unless the split's index is there and, if ``whole``, so is every shard in size."""
-    folder = Path(root) / split
-    index = folder / "index.json"
-    if not index.is_file():
-        raise DataError(f"data.root={root}: no split '{split}' ({index}); {how_to_prepare(root)}")
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{index}: damaged ({error!r}); copy the data set again") from error
-    for shard in shards if whole else ():
-        files = [info for info in (shard["raw_data"], shard.get("zip_data")) if info]
-        sizes = {info["basename"]: info["bytes"] for info in files}
-        found = {n: os.path.getsize(folder / n) for n in sizes if (folder / n).is_file()}
-        if not found:
-            raise DataError(f"{folder / list(sizes)[-1]}: shard missing; copy the data set again")
-        for name, size in found.items():
-            if size != sizes[name]:
-                raise DataError(
-                    f"{folder / name}: {size} bytes, index.json says {sizes[name]}; "
-                    f"copy the data set again"
-                )
 
 
 def how_to_prepare(root: str | Path) -> str:

@@ -24,7 +24,7 @@ from streaming.base.world import World
 from data.agreement import agree
 from data.node import job_folder, lock_cache, own_shared_memory
 from data.order import Order, Source, choose_per_epoch, locate
-from data.schema import HASH, DataError, sample_fault
+from data.schema import HASH, UNREADABLE, DataError, sample_fault
 from data.sources import DataConfig, Opened, StreamConfig, buckets, needs_cache
 
 
@@ -84,19 +84,22 @@ class ShardDataset(StreamingDataset):
             _stream(stream, config, known, split)
             for stream, known in zip(config.all_streams, opened, strict=True)
         ]
-        with own_shared_memory():
-            super().__init__(
-                streams=streams,
-                split=split,
-                batch_size=global_batch_size // world_size,
-                shuffle=config.shuffle,
-                shuffle_seed=seed,
-                num_canonical_nodes=config.num_canonical_nodes,
-                validate_hash=HASH,
-                download_retry=config.download_retries,
-                download_timeout=config.download_timeout_seconds,
-                cache_limit=config.cache_limit,
-            )
+        try:
+            with own_shared_memory():
+                super().__init__(
+                    streams=streams,
+                    split=split,
+                    batch_size=global_batch_size // world_size,
+                    shuffle=config.shuffle,
+                    shuffle_seed=seed,
+                    num_canonical_nodes=config.num_canonical_nodes,
+                    validate_hash=HASH,
+                    download_retry=config.download_retries,
+                    download_timeout=config.download_timeout_seconds,
+                    cache_limit=config.cache_limit,
+                )
+        except ValueError as error:  # nothing but the cache limit is left to be refused
+            raise DataError(f"data.cache_limit={config.cache_limit}: {error}") from error
         self.order = self._build_order(opened, global_batch_size, seed)
 
     def _build_order(self, opened: list[Opened], global_batch_size: int, seed: int) -> Order:
@@ -148,7 +151,7 @@ class ShardDataset(StreamingDataset):
             shard_id = int(self.spanner[place][0])
             try:
                 self._verify(shard_id)
-                sample = self._checked(super().get_item(place, retry), place)
+                sample = self._checked(self._decoded(place, retry), place)
             except DataError as error:
                 alone = isinstance(error, BadSampleError)
                 if not alone:
@@ -180,6 +183,17 @@ class ShardDataset(StreamingDataset):
         size = int(self.samples_per_shard[shard_id])
         for turn in range(1, size):
             yield int(self.sample_offset_per_shard[shard_id] + (row + turn) % size)
+
+    def _decoded(self, place: int, retry: int) -> dict[str, Any]:
+        try:
+            return super().get_item(place, retry)
+        except DataError:
+            raise
+        except UNREADABLE as error:
+            shard = self.shard_path(int(self.spanner[place][0]))
+            raise BadSampleError(
+                f"{shard}: sample {place} cannot be decoded ({error!r}); prepare its clip again, "
+                "or set data.on_bad_shard=substitute") from error
 
     def _checked(self, sample: dict[str, Any], place: int) -> dict[str, Any]:
         fault = sample_fault(sample, self.metadata[self.stream_of(place)])

@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
-from streaming.base.util import retry
+from streaming.base.util import bytes_to_int, retry
 from torch import Tensor
 
+from data.index import check_split
 from data.order import choose_per_epoch
 from data.schema import (
     HASH,
@@ -27,7 +28,6 @@ from data.schema import (
     TEXT_FILE,
     DataError,
     Metadata,
-    check_split,
     load_metadata,
     load_text_states,
 )
@@ -102,6 +102,11 @@ class DataConfig:
                     "download_timeout_seconds"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
+        try:
+            bytes_to_int(self.cache_limit or 0)
+        except ValueError as error:
+            raise ValueError(
+                f"data.cache_limit={self.cache_limit}: must be a size like 200gb") from error
         if not 0 <= self.max_substituted_fraction < 1:
             raise ValueError(
                 f"data.max_substituted_fraction={self.max_substituted_fraction} must be in [0, 1)"

@@ -4,26 +4,18 @@ For `data.verify` and `data.inspect`, which must be able to look at a damaged fo
 reads through `data.dataset`.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstd
 from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 
-from data.schema import HASH, DataError
-
-
-def read_index(root: Path, split: str) -> list[dict[str, Any]]:
-    """The shards of a split, as index.json lists them; DataError if it cannot be read."""
-    path = root / split / "index.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error!r}); copy the data set again") from error
+from data.index import read_index
+from data.schema import HASH, UNREADABLE, DataError
 
 
 def shard_faults(root: Path, split: str, shard: dict[str, Any]) -> list[str]:
@@ -54,6 +46,8 @@ def read_shard(root: Path, split: str, shard: dict[str, Any]) -> list[bytes]:
         path = root / split / shard["zip_data"]["basename"]
         data = decompress(shard["compression"], path.read_bytes())
     count = int(np.frombuffer(data[:4], np.uint32)[0])
+    if count != shard["samples"]:
+        raise ValueError(f"{count} samples, index.json says {shard['samples']}")
     bounds = np.frombuffer(data[4 : 4 * (count + 2)], np.uint32)  # (count + 1,)
     return [data[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
@@ -72,11 +66,14 @@ def iter_samples(
         first = last
         if wanted == []:
             continue
-        reader = reader_from_json(str(root), split, shard)
-        reader.validate(allow_unsafe_types=False)  # a pickle would be run
         faults = shard_faults(root, split, shard)
         if faults:
             raise DataError(f"{faults[0]}; copy the data set again")
-        encoded = read_shard(root, split, shard)
-        for index in range(len(encoded)) if wanted is None else wanted:
-            yield reader.decode_sample(encoded[index])
+        try:
+            encoded = read_shard(root, split, shard)
+            reader = reader_from_json(str(root), split, shard)
+            for index in range(len(encoded)) if wanted is None else wanted:
+                yield reader.decode_sample(encoded[index])
+        except (*UNREADABLE, zstd.Error) as error:
+            path = root / split / shard["raw_data"]["basename"]
+            raise DataError(f"{path}: cannot be decoded ({error!r}); prepare it again") from error

@@ -14,8 +14,9 @@ from pathlib import Path
 from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
+from data.index import read_index
 from data.schema import HASH, TEXT_FILE, DataError, Metadata, load_metadata
-from data.stored import read_index, shard_faults
+from data.stored import shard_faults
 
 READERS = 8  # files that are read at a time
 

@@ -137,8 +137,11 @@ def test_held_out_samples_by_index(shards):
         (lambda p: (p / "train" / "index.json").write_text("{"), "index.json: damaged"),
         (lambda p: sorted((p / "train").glob("*.zstd"))[0].write_bytes(b"short"), "5 bytes, index"),
         (lambda p: (p / "dataset.json").unlink(), "no dataset.json.*data.prepare"),
-        (lambda p: (p / "dataset.json").write_text('{"format": 99}'), "format 99.*reads format 2"),
-        (lambda p: (p / "dataset.json").write_text('{"format": 2}'), "dataset.json: damaged"),
+        (lambda p: (p / "dataset.json").write_text('{"format": 99}'), "format 99.*reads format 3"),
+        (lambda p: (p / "dataset.json").write_text('{"format": 3}'), "dataset.json: differs"),
+        (lambda p: (p / "dataset.json").write_bytes(b"\xff"), "dataset.json: damaged"),
+        (lambda p: (p / "dataset.json").write_text((p / "dataset.json").read_text().replace(
+            '"fps": 24.0', '"fps": 25.0')), "dataset.json: differs from its own sha256"),
         (lambda p: shutil.rmtree(p), "data.root=.*: no dataset.json; make it with"),
     ],
 )

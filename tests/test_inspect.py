@@ -85,7 +85,7 @@ def test_an_index_that_does_not_fit_is_one_line(copy, capsys):
     # Data sets that list no hashes of their small files are judged by what can be read.
     save_metadata(copy, dataclasses.replace(load_metadata(copy), files={}))
     assert verify([str(copy)]) == 1
-    assert f"{index}: cannot be read" in capsys.readouterr().out
+    assert f"{index}: damaged" in capsys.readouterr().out
     index.write_text(json.dumps(value))
     assert verify([str(copy)]) == 1
     assert "7 samples, dataset.json says 10" in capsys.readouterr().out

@@ -220,6 +220,9 @@ def test_bad_input_is_one_clear_line(tmp_path, manifest, weights, prepared, caps
     longer.write_text(json.dumps(record("x", t0=0.0, t1=2.0)) + "\n")
     line = run_main(capsys, longer, out, *towers, "--frames", 9, "--fps", 24)
     assert "frames=9, fps=24, but the manifest cuts x to 2.000 s" in line
+    (tmp_path / "longer.rejects.jsonl").write_text('{"id": "x", "why": "mine"}\n')
+    line = run_main(capsys, longer, out, *towers, "--frames", 49, "--fps", 24.5)
+    assert "longer.rejects.jsonl: damaged (line 1 has no 'reason')" in line
     assert not out.exists() and not list(tmp_path.glob(".out.partial*"))
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from data.cut import CutSpec
+from data.index import read_index
 from data.mux import write_clip
 from data.prepare import Encoders, prepare
 from data.prepare.__main__ import main, place
 from data.prepare.job import clips_per_shard
 from data.schema import DataError, load_metadata
-from data.stored import iter_samples, read_index
+from data.stored import iter_samples
 from tests import prepare_kills, tiny
 from tests.media import noise, numbered, write_media
 
@@ -137,6 +138,8 @@ def test_status_sums_all_workers_from_files(tmp_path, manifest, folders, encoder
     assert "not heard of for 10 min" in lines[1]
     assert "4 of 8 shards, 4 samples, 8 of 14 clips left; 0.50 clip/s by 1 running" in lines[2]
     assert "ETA 16 s; rejected: too_short 2" in lines[2]
+    assert main([str(tmp_path / "gone.jsonl"), *command[1:]]) == 1
+    assert "gone.jsonl: cannot be read (No such file" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

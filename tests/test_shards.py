@@ -130,6 +130,8 @@ def test_a_resume_forgets_the_substitutions_of_steps_it_repeats(copy, layout):
     )
     read_job(job, 0)
     whole = job.ledger.read_text()
+    with open(job.ledger, "a") as file:
+        file.write('{"step": 9, "sp')  # killed while it was written
     again = replace(job, first=begin // 4 + 1, steps=STEPS - begin // 4 - 1, damage=None)
     read_job(again, 0)
     assert job.ledger.read_text() == whole
@@ -165,20 +167,31 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(copy, tmp_path):
     assert read_job(Job(config, 1, 6), 0) == first
 
 
-def test_cache_limit_evicts_copies_and_never_the_data(copy, tmp_path):
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    largest = max(
-        shard["raw_data"]["bytes"] + shard["zip_data"]["bytes"]
-        for shard in json.loads((copy / "train" / "index.json").read_text())["shards"]
-    )
-    plain = read_job(Job(DataConfig(str(copy), num_workers=0, cache_dir=str(tmp_path / "a")), 1,
-                         STEPS), 0)
-    config = DataConfig(str(copy), num_workers=0, cache_dir=str(tmp_path / "b"),
-                        cache_limit=str(5 * largest // 2 * 2))
+def test_cache_limit_evicts_copies_and_never_the_data(tmp_path, monkeypatch):
+    root = write_shards(tmp_path / "data", 60, 2)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    shards = json.loads((root / "train" / "index.json").read_text())["shards"]
+    largest = max(shard["raw_data"]["bytes"] + shard["zip_data"]["bytes"] for shard in shards)
+    limit, steps = 4 * largest, 31  # two epochs and a batch
+    assert sum(shard["raw_data"]["bytes"] for shard in shards) > limit
+    evicted, evict = [], ShardDataset._evict_shard
+    monkeypatch.setattr(ShardDataset, "_evict_shard",
+                        lambda self, shard: (evicted.append(shard), evict(self, shard)))
+    plain = read_job(Job(DataConfig(str(root), num_workers=0, cache_dir=str(tmp_path / "a")), 1,
+                         steps), 0)
+    config = DataConfig(str(root), num_workers=0, cache_dir=str(tmp_path / "b"),
+                        cache_limit=str(limit))
     loader = build_loader(config, 4, 0, 1, 3)
-    got = [next(loader)[1].sample_ids for _ in range(STEPS)]
+    got = [next(loader)[1].sample_ids for _ in range(steps)]
     assert got == [ids for _, ids, _, _ in plain["batches"]]
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert len(evicted) > len(shards)  # so that some were fetched again
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("limit", "message"), [("lots", "a size like 200gb"), ("1kb", "1024")])
+def test_a_cache_limit_that_cannot_be_is_named(copy, limit, message):
+    with pytest.raises(ValueError, match=f"data.cache_limit={limit}: .*{message}"):
+        build_loader(DataConfig(str(copy), cache_limit=limit), 4, 0, 1, 3)
 
 
 def test_length_counts_this_ranks_samples(shards):

@@ -185,8 +185,12 @@ def read_ledger(manifest: Path) -> list[Record]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for number, line in enumerate(lines, start=1):
+            if not isinstance(line, dict) or not isinstance(line.get("reason"), str):
+                raise ValueError(f"line {number} has no 'reason'")
+        return lines
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}); import the set again or delete it") from error
 
 

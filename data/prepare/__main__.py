@@ -27,6 +27,7 @@ import torch
 
 from data.cut import CutSpec
 from data.manifest import check_lengths, read_captions, read_manifest
+from data.manifest.records import read_ledger
 from data.prepare.encoders import Encoders
 from data.prepare.job import Job, begun, clip_settings, partial_folder, refuse_change
 from data.prepare.merge import merge, tally
@@ -127,6 +128,7 @@ def encode(args: argparse.Namespace) -> str:
         args.manifest, args.split, args.captions and read_captions(args.captions)
     )
     check_lengths(records, CutSpec(**values))
+    read_ledger(args.manifest)  # which the merge will need
     stored = begun(args.out)
     if stored is not None:
         given = clip_settings(args.manifest, args.captions, args.split, CutSpec(**values))
