@@ -19,14 +19,21 @@ def _group() -> Any:
     return dist.new_group(backend="gloo")
 
 
-def agree(problem: str | None, events: list[Any], count: int = 0) -> tuple[list[Any], int]:
+class PeerError(RuntimeError):
+    """Another rank crashed while it read; the data are not at fault."""
+
+
+def agree(
+    problem: str | None, events: list[Any], count: int = 0, crash: bool = False
+) -> tuple[list[Any], int]:
     """Collective: (events of all ranks in rank order, sum of `count`); a problem stops them all.
 
-    Every rank raises the same DataError if any has a problem.
+    Every rank raises the same DataError if any has a problem; PeerError if that is a `crash`,
+    which a job is requeued for.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if problem is not None:
-            raise DataError(problem)
+            raise PeerError(problem) if crash else DataError(problem)
         return events, count
     numbers = torch.tensor([int(problem is not None), len(events), count])
     dist.all_reduce(numbers, group=_group())
@@ -34,8 +41,9 @@ def agree(problem: str | None, events: list[Any], count: int = 0) -> tuple[list[
     if not problems and not told:
         return [], total
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (problem, events), group=_group())
-    for rank, (theirs, _) in enumerate(found):
+    dist.all_gather_object(found, (problem, crash, events), group=_group())
+    for rank, (theirs, crashed, _) in enumerate(found):
         if theirs is not None:
-            raise DataError(f"rank {rank}: {theirs}")
-    return [event for _, theirs in found for event in theirs], total
+            kind = PeerError if crashed else DataError
+            raise kind(f"rank {rank}: {theirs}")
+    return [event for *_, theirs in found for event in theirs], total

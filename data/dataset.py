@@ -6,6 +6,7 @@ A shard that cannot be read stops the run on every rank in the same step, or is 
 a ledger tells. Called by train.py.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.agreement import agree
+from data.agreement import PeerError, agree
 from data.order import locate
 from data.schema import Batch, DataError, Metadata, collate
 from data.shards import ShardDataset
@@ -151,16 +152,13 @@ def _together(read: Callable[[], T]) -> T:
     try:
         return read()
     except Exception as error:
-        message = str(error).strip()
-        if isinstance(error, DataError):  # a worker's comes with its traceback before it
-            message = message.splitlines()[-1].removeprefix("data.schema.DataError: ")
-        else:
+        message, crash = str(error).strip(), not isinstance(error, DataError)
+        if crash:
             message = f"{type(error).__name__}: {message}"
-        try:
-            agree(message, [])
-        except DataError:
-            if isinstance(error, DataError):
-                raise
+        else:  # a worker's comes with its traceback before it
+            message = message.splitlines()[-1].removeprefix("data.schema.DataError: ")
+        with contextlib.suppress(PeerError):
+            agree(message, [], crash=crash)
         raise
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.agreement import PeerError
 from data.dataset import HeldOut, build_loader
 from data.schema import DataError
+from data.shards import ShardDataset
 from data.sources import DataConfig
 
 
@@ -30,7 +32,10 @@ class Job:
 
 
 def spoil(kind: str, path: str | Path) -> None:
-    """bad: one bit flipped; truncated: half of it; missing: gone."""
+    """bad: one bit flipped; truncated: half of it; missing: gone; crash: a bug in this process."""
+    if kind == "crash":
+        ShardDataset.get_item = None  # type: ignore[assignment, method-assign]
+        return
     path = Path(path)
     data = bytearray(path.read_bytes())
     if kind == "missing":
@@ -43,8 +48,10 @@ def spoil(kind: str, path: str | Path) -> None:
 
 
 def read_job(job: Job, rank: int) -> dict[str, Any]:
-    """What one rank read: `batches` of (epoch, ids, shape, audio weights), `error`, `held`."""
-    found: dict[str, Any] = {"batches": [], "error": None, "held": []}
+    """What one rank read: `batches` of (epoch, ids, shape, audio weights), `error`, `held`; or what
+    ended it though nothing is wrong with the data: `crash`.
+    """
+    found: dict[str, Any] = {"batches": [], "error": None, "held": [], "crash": None}
     ledger = job.ledger if rank == 0 else None
     try:
         loader = build_loader(
@@ -62,6 +69,8 @@ def read_job(job: Job, rank: int) -> dict[str, Any]:
             found["held"].append((batch.sample_ids, real.tolist(), batch.video_latents.shape[1:]))
     except DataError as error:
         found["error"] = str(error)
+    except (PeerError, TypeError) as error:
+        found["crash"] = str(error)
     return found
 
 

@@ -106,6 +106,15 @@ def test_too_many_substitutions_stop_every_rank(copy, layout, world, workers):
         assert path.name in rank["error"]
 
 
+def test_a_crash_on_one_rank_is_no_fault_of_the_data_on_the_other(shards):
+    """Else the other exits with 78, which srun reports, and the job is not requeued."""
+    config = DataConfig(str(shards), num_workers=0)
+    ranks = run_job(Job(config, 2, STEPS, damage=("crash", "")))
+    assert [rank["error"] for rank in ranks] == [None, None]
+    assert "not callable" in ranks[0]["crash"]
+    assert ranks[1]["crash"].startswith("rank 0: TypeError: ")
+
+
 def test_two_bad_shards_in_a_row_give_the_next_good_one(copy, layout):
     files = sorted((copy / "train").glob("*.zstd"))
     config = DataConfig(str(copy), shuffle=False, num_workers=0, on_bad_shard="substitute",
