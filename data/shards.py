@@ -8,49 +8,22 @@ RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be set (streaming reads them); withou
 one process.
 """
 
-import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
-from streaming.base.world import World
 
-from data.agreement import agree
-from data.node import job_folder, lock_cache, own_shared_memory
+from data.cached_stream import open_stream
+from data.node import own_shared_memory
 from data.order import Order, Source, choose_per_epoch, locate
 from data.schema import HASH, UNREADABLE, DataError, sample_fault
-from data.sources import DataConfig, Opened, StreamConfig, buckets, needs_cache
-
-
-class AtomicStream(Stream):
-    """A stream whose files appear under their name only when they are whole, and only if good.
-
-    Ranks, workers and other jobs may all be unpacking the same shard.
-    """
-
-    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        part = super()._download_file(from_basename, f"{from_basename}.{os.getpid()}.part")
-        final = os.path.join(self.local, self.split, to_basename or from_basename)
-        os.replace(part, final)
-        return final
-
-    def _decompress_shard_part(
-        self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
-    ) -> None:
-        part = f"{raw_filename}.{os.getpid()}.part"
-        try:
-            super()._decompress_shard_part(zip_info, zip_filename, part, compression)
-        except Exception:
-            if self.remote is not None:  # a bad copy in the cache would be trusted next time
-                Path(zip_filename).unlink(missing_ok=True)
-            raise
-        os.replace(part, raw_filename)
+from data.sources import DataConfig, Opened, buckets
 
 
 class BadSampleError(DataError):
@@ -81,7 +54,7 @@ class ShardDataset(StreamingDataset):
         self.broken: dict[int, str] = {}  # shard -> why it cannot be read
         self.metadata = [known.metadata for known in opened]
         streams = [
-            _stream(stream, config, known, split)
+            open_stream(stream, config, known, split)
             for stream, known in zip(config.all_streams, opened, strict=True)
         ]
         try:
@@ -275,31 +248,3 @@ class ShardDataset(StreamingDataset):
         yield from super()._each_sample_id(it)
         if self._event.is_set():  # the parent would end the epoch here as if all was well
             raise DataError(str(self.failure)) from self.failure
-
-
-def _stream(stream: StreamConfig, config: DataConfig, known: Opened, split: str) -> AtomicStream:
-    """Read in place, or through the cache: then the parent copies or downloads, and unpacks."""
-    if not needs_cache(stream, config):
-        return AtomicStream(local=stream.root, split=split)
-    folder = _cache(config.cache_dir) / f"{known.label}-{known.version}"
-    return AtomicStream(remote=stream.place, local=str(folder), split=split)
-
-
-def _cache(cache_dir: str | None) -> Path:
-    if cache_dir is None:
-        return job_folder()
-    _keep_lock(cache_dir)
-    return Path(cache_dir)
-
-
-@functools.cache
-def _keep_lock(cache_dir: str) -> IO[str] | None:
-    """Held until this process ends, by one rank of the node; a refusal is told to all ranks."""
-    lock, problem = None, None
-    if World.detect().is_local_leader:
-        try:
-            lock = lock_cache(Path(cache_dir))
-        except DataError as error:
-            problem = str(error)
-    agree(problem, [])
-    return lock

@@ -143,12 +143,17 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.run("scancel", "--state=RUNNING,PENDING,SUSPENDED", "--quiet",
-                 f"--user={os.getuid()}", check=False)
+        jobs = self.run("squeue", "-h", "-o", "%A", check=False).split()
+        if jobs:
+            print(f"cancelling jobs {' '.join(jobs)}", flush=True)
+            self.run("scancel", *jobs, check=False)
         deadline = time.monotonic() + 60
         while self.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
             time.sleep(0.5)
-        for name in ("n1", "n2", "slurmctld", "munged"):
+        for name in ("n1", "n2"):
+            if name in self.daemons:
+                self._kill_all_on(name)
+        for name in ("slurmctld", "munged"):
             if name in self.daemons:
                 self._stop(name)
 
@@ -175,13 +180,16 @@ class Cluster:
 
     def crash_node(self, node: str) -> None:
         """As when its power fails: the daemon and every process of every job on it, at once."""
+        self._kill_all_on(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crashed")
+
+    def _kill_all_on(self, node: str) -> None:
         machine = os.readlink(f"/proc/{self.daemons[node].pid}/ns/mnt")
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone in between
                 if os.readlink(process / "ns" / "mnt") == machine:
                     os.kill(int(process.name), signal.SIGKILL)
         self.daemons.pop(node).wait()
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crashed")
 
     def until_idle(self) -> None:
         _wait_for(lambda: self.node_states() == {"n1": "idle", "n2": "idle"}, 60,

@@ -89,7 +89,7 @@ def test_time_limit_signal_checkpoints_and_the_same_run_goes_on(runs, slurm, ref
     assert drawn == pytest.approx(reference, rel=1e-6)  # float32 there
     log = slurm.log(job)
     assert "requeue: preempted, exit 0" in log and f"resuming at step {step}" in log, log
-    assert "starts      2, of them requeued 1, 1 by the job itself" in runs.status("limit")
+    assert "requeued 1 times, 1 of them by the job itself" in runs.status("limit")
 
 
 def test_a_time_limit_without_room_is_refused(runs, slurm):
@@ -124,6 +124,9 @@ def test_scancel_saves_and_stays_cancelled(runs, slurm, reference):
     assert time.monotonic() - began < 60
     assert runs.checkpoints("cancel")[-1] >= 2
     assert slurm.show(job)["JobState"] == "CANCELLED" and slurm.show(job)["Restarts"] == "0"
+    jobs = (runs.run_dir("cancel") / "jobs.jsonl").read_text().splitlines()
+    assert json.loads(jobs[-1])["event"] == "END"  # or tools.status would wait for it for ever
+    assert "preempted: signal, goes on when" in runs.status("cancel")
     # Submitted again it goes on, on as many nodes as are free: n2 may still be clearing up.
     step = runs.checkpoints("cancel")[-1]
     again = runs.submit("cancel", nodes="1-2", overrides=("max_steps=12",))

@@ -58,7 +58,7 @@ def test_everything_is_told(folder):
         "held-out    video 0.3000  audio 0.7000  at step 20",
         "checkpoint  step 30, 0 s ago, whole: 1 files, 5e-09 GB, written by 4 ranks; 1 there",
         "job         7-1 on n[1-2], 4 ranks, started 3 min ago",
-        "starts      2, of them requeued 1, 1 by the job itself, on n[1-2]",
+        "starts      2, on n[1-2]; requeued 1 times, 1 of them by the job itself",
         "skips       1 updates, 2 events; last gradient not finite at step 33",
     ):
         assert line in told, told
@@ -84,7 +84,7 @@ def test_a_run_that_died_in_silence_is_doubted(folder):
     with open(folder / "jobs.jsonl", "a") as file:
         file.write(json.dumps({"event": "END", "time": now - 60, "job": "7-1", "nodes": "n1",
                                "ranks": 4, "exit": 137}) + "\n")
-    assert "ended with exit 137 60 s ago, unexpectedly" in report(read_run(folder))
+    assert "ended with exit 137 60 s ago: see the job's log" in report(read_run(folder))
 
 
 def test_a_start_that_has_not_got_so_far_and_a_cancelled_job(folder):
@@ -94,6 +94,34 @@ def test_a_start_that_has_not_got_so_far_and_a_cancelled_job(folder):
     assert "state       starting, running before" in report(read_run(folder))
     write_status(folder, "preempted")  # scancel ends the script too: no END follows
     assert "state       preempted, last sign 0 s ago" in report(read_run(folder))
+
+
+def test_a_job_that_was_refused_says_nothing_of_the_one_that_trains(folder):
+    with open(folder / "jobs.jsonl", "a") as file:  # another name, the same run directory
+        for event, when, code in (("START", 20, None), ("END", 10, 78)):
+            file.write(json.dumps({"event": event, "time": time.time() + when, "job": "8-0",
+                                   "nodes": "n9", "ranks": 1, "exit": code}) + "\n")
+    told = report(read_run(folder))
+    assert "state       running, last sign" in told and "job         7-1 on n[1-2]" in told
+    assert "END of job 8-0, exit 78" in told.splitlines()[-1] or "START of job 8-0" in told
+
+
+def test_what_becomes_of_a_preempted_one(folder):
+    write_status(folder, "preempted", reason="signal")
+    end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4, "exit": 0}
+    with open(folder / "jobs.jsonl", "a") as file:
+        file.write(json.dumps(end) + "\n")
+    assert "preempted: signal, goes on when Slurm requeues the job or somebody" in report(
+        read_run(folder))
+    assert decide(folder, 0)[0]
+    assert "preempted: signal, in the queue again, last sign" in report(read_run(folder))
+
+
+def test_a_hopeless_exit_is_explained(folder):
+    with open(folder / "jobs.jsonl", "a") as file:
+        file.write(json.dumps({"event": "END", "time": time.time() - 60, "job": "7-1",
+                               "nodes": "n1", "ranks": 4, "exit": 77}) + "\n")
+    assert "ended with exit 77 (bad numbers) 60 s ago" in report(read_run(folder))
 
 
 def test_a_start_that_the_preflight_ended(tmp_path):
@@ -114,12 +142,13 @@ def test_it_imports_nothing_heavy():
 
 def test_the_requeue_that_was_decided_is_shown(folder):
     assert decide(folder, 1)[0]
-    assert "requeued 1, 2 by the job itself" in report(read_run(folder))
+    assert "requeued 2 times, 2 of them by the job itself" in report(read_run(folder))
 
 
 def test_what_is_no_run_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
-    assert "is not a run directory: nothing was started there yet" in capsys.readouterr().err
+    assert "nothing was started there yet; a job that waits has no files (squeue --me)" in (
+        capsys.readouterr().err)
     with pytest.raises(StatusError, match="only a config takes key=value"):
         find_run(str(tmp_path), ["a=1"])
 

@@ -11,13 +11,14 @@ import argparse
 import json
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import ConfigError, overlay, parse_overrides, read_yaml
 from training.manifest import MANIFEST, read_manifest, wrong_size
 from training.run_dir import CheckpointError
-from training.status import latest_state, read_status
+from training.status import HOPELESS, TIME_FORMAT, is_told, read_status
 
 RECENT = 20  # training records that speed and mean loss are taken from
 SILENT_SECONDS = 600.0  # beyond this and ten log periods, "running" is doubted
@@ -69,7 +70,8 @@ def read_run(path: Path) -> Run:
     """Raises StatusError where there is no run."""
     config = path / "config" / "run.json"
     if not any((path / name).exists() for name in ("lock", "jobs.jsonl", "status.json")):
-        raise StatusError(f"{path} is not a run directory: nothing was started there yet")
+        raise StatusError(f"{path}: nothing was started there yet; a job that waits has no files "
+                          "(squeue --me)")
     records = read_lines(path / "metrics.jsonl")
     return Run(
         path, read_status(path), json.loads(config.read_text()) if config.is_file() else {},
@@ -92,18 +94,34 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def own_jobs(run: Run) -> list[dict[str, Any]]:
+    """START and END lines without those of jobs that were refused while another one trained."""
+    told = datetime.strptime(run.status["time"], TIME_FORMAT).timestamp() \
+        if run.status["state"] == "running" else 0.0
+    opened = next((entry for entry in reversed(run.jobs)
+                   if entry["event"] == "START" and entry["time"] <= told), None)
+    if opened is None or any(entry["event"] == "END" and entry["job"] == opened["job"]
+                             for entry in run.jobs):
+        return run.jobs
+    refused = {entry["job"] for entry in run.jobs
+               if entry["event"] == "END" and entry["time"] > told and entry["exit"] == 78}
+    return [entry for entry in run.jobs if entry["job"] not in refused]
+
+
 def describe_state(run: Run) -> str:
     """What status.json says, doubted where the launcher or the clock knows better."""
     state = run.status["state"]
     signs = [path.stat().st_mtime for name in ("status.json", "metrics.jsonl", "jobs.jsonl")
              if (path := run.path / name).exists()]
     silent = run.now - max(signs, default=run.now)
-    last = run.jobs[-1] if run.jobs else {}
-    told = latest_state(run.path) != "unknown"  # by the newest start
+    jobs = own_jobs(run)
+    last = jobs[-1] if jobs else {}
+    told = is_told(run.status, jobs)  # by the newest start
     if last.get("event") == "END" and (state == "running" or not told):
-        where = f"in {last['stage']}" if last.get("stage") == "preflight" else "unexpectedly"
-        return (f"ended with exit {last['exit']} {ago(run.now - last['time'])} ago, {where}: see "
-                "the job's log")
+        where = ", in preflight" if last.get("stage") == "preflight" else ""
+        why = f" ({HOPELESS[last['exit']]})" if last["exit"] in HOPELESS else ""
+        return (f"ended with exit {last['exit']}{why} {ago(run.now - last['time'])} ago{where}: "
+                "see the job's log")
     starting = last.get("event") == "START" and not told
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
     if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
@@ -112,6 +130,10 @@ def describe_state(run: Run) -> str:
         before = "" if state == "unknown" else f", {state} before"
         return f"starting{before}; last sign {ago(silent)} ago"
     reason = f": {run.status['reason']}" if run.status.get("reason") else ""
+    if state == "preempted" and last.get("event") == "END":
+        newest = run.requeues[-1]["time"] if run.requeues else 0.0
+        reason += ", in the queue again" if newest >= last["time"] - 1 else \
+            ", goes on when Slurm requeues the job or somebody submits it again"
     return f"{state}{reason}, last sign {ago(silent)} ago"
 
 
@@ -162,17 +184,19 @@ def describe_checkpoint(run: Run) -> str:
 
 
 def describe_jobs(run: Run) -> list[str]:
-    starts = [entry for entry in run.jobs if entry["event"] == "START"]
+    jobs = own_jobs(run)
+    starts = [entry for entry in jobs if entry["event"] == "START"]
     restarts = sum(not entry["job"].endswith("-0") for entry in starts)
     lines = []
     if starts:
-        last, ended = starts[-1], run.jobs[-1]["event"] == "END"
+        last, ended = starts[-1], jobs[-1]["event"] == "END"
         lines.append(
             f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
-            f"{'ended' if ended else 'started'} {ago(run.now - run.jobs[-1]['time'])} ago")
+            f"{'ended' if ended else 'started'} {ago(run.now - jobs[-1]['time'])} ago")
         nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
-        lines.append(f"starts      {len(starts)}, of them requeued {restarts}, {len(run.requeues)} "
-                     f"by the job itself, on {nodes}")
+        again = max(restarts, len(run.requeues))
+        lines.append(f"starts      {len(starts)}, on {nodes}; requeued {again} times, "
+                     f"{len(run.requeues)} of them by the job itself")
     return lines
 
 
@@ -192,7 +216,7 @@ def describe_last(run: Run) -> str:
 
 
 def report(run: Run) -> str:
-    lines = [f"{run.path}  {run.config.get('task', '')}",
+    lines = [f"{run.path}  {run.config.get('task', '')}".rstrip(),
              f"state       {describe_state(run)}", *describe_steps(run),
              f"checkpoint  {describe_checkpoint(run)}", *describe_jobs(run)]
     if run.skips:

@@ -36,15 +36,20 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"state": "unknown"}
 
 
+def is_told(status: dict[str, Any], jobs: list[dict[str, Any]]) -> bool:
+    """Whether the newest start that train.sbatch wrote down got as far as telling a state."""
+    starts = [job["time"] for job in jobs if job["event"] == "START"]
+    if "time" not in status:
+        return False
+    told = datetime.strptime(status["time"], TIME_FORMAT).timestamp()
+    return not starts or told >= starts[-1]
+
+
 def latest_state(run_dir: Path) -> str:
-    """The state, if the start that train.sbatch wrote down last got as far as telling one."""
+    """What the newest start told; "unknown" if it did not get so far."""
     status, jobs = read_status(run_dir), run_dir / "jobs.jsonl"
     lines = jobs.read_text(encoding="utf-8").splitlines() if jobs.is_file() else []
-    starts = [job["time"] for job in map(json.loads, lines) if job["event"] == "START"]
-    told = status.get("time")
-    if told and starts and datetime.strptime(told, TIME_FORMAT).timestamp() < starts[-1]:
-        return "unknown"
-    return status["state"]
+    return status["state"] if is_told(status, [json.loads(line) for line in lines]) else "unknown"
 
 
 def newest_step(run_dir: Path) -> int:
