@@ -113,6 +113,21 @@ def test_captions_join_by_id_and_faults_name_what_is_missing(tmp_path):
     assert len(read_records(manifest, "train")[0]) == 4
 
 
+def test_no_sound_is_a_caption_that_is_known(tmp_path):
+    manifest = manifest_of(tmp_path / "m.jsonl", *({"id": name, "path": "x"} for name in "abcd"))
+    file = manifest_of(
+        tmp_path / "c.jsonl", {"id": "a", "video_caption": "v", "audio_caption": ""},
+        {"id": "b", "video_caption": "v", "audio_caption": ""}, {"id": "b", "audio_caption": "A"},
+        {"id": "b", "audio_caption": ""}, {"id": "c", "video_caption": "", "audio_caption": ""},
+        {"id": "d", "video_caption": "v"})
+    records, faults = read_manifest(manifest, "train", read_captions(file))
+    assert {r["id"]: r["audio_caption"] for r in records} == {"a": "", "b": "A"}
+    assert [f.clip_id for f in faults] == ["c", "d"] and "without sound" in faults[1].detail
+    file = tmp_path / "c.csv"
+    file.write_text("id,video_caption,audio_caption\na,v,\n")
+    assert read_captions(file) == {"a": {"video_caption": "v"}}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
