@@ -82,6 +82,46 @@ def test_alt_merge_wants_its_three_sets(tmp_path):
         hold_out(read_records(manifests[0], "train")[0], 10, 0)
 
 
+def test_alt_merge_keeps_out_what_others_hold_out(tmp_path, capsys):
+    manifests = [str(synthetic(tmp_path, source, 20, 2)) for source in ALT_MERGE]
+    other = manifest_of(tmp_path / "v.jsonl", *(
+        {"id": f"{index}", "path": "x", "split": "validation", "origin": f"landscape{index}"}
+        for index in range(10)))
+    out = str(tmp_path / "alt.jsonl")
+    command = ["alt_merge", *manifests, "--out", out, "--held-out", "2", "2", "2"]
+    assert main(command) == 0 and main(["check", out, str(other)]) == 1
+    assert "--keep-out" in capsys.readouterr().err
+    assert main([*command, "--keep-out", str(other)]) == 0
+    assert main(["check", out, str(other)]) == 0
+
+
+@pytest.mark.parametrize("flag", [
+    ("--frames", "9"), ("--fps", "25"), ("--cut", "marks"), ("--duplicates", "id"),
+    ("--leaks", "keep"), ("--version", "mic"), ("--table", "t.csv"), ("--workers", "77")])
+def test_flags_without_a_use_are_refused(tmp_path, capsys, flag):
+    for command in (["alt_merge", "m.jsonl", "--out", "o.jsonl"], ["check", "m.jsonl"]):
+        with pytest.raises(SystemExit):
+            main([*command, *flag])
+        assert f"{flag[0]}: {command[0]} does not use it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["check", "m.jsonl", "--keep-out", "o.jsonl"])
+
+
+def test_check_says_what_it_cannot_judge(tmp_path, capsys):
+    good = {"id": "a", "path": "x", "origin": "tube"}
+    whole = manifest_of(tmp_path / "whole.jsonl", good, {"id": "b", "path": "x", "origin": ""})
+    assert main(["check", str(whole)]) == 0
+    assert f"{whole}: the recording of 1 clips is unknown" in capsys.readouterr().err
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text(json.dumps(good) + '\n{"id": "b", "pa\n[1]\n')
+    merge = ["alt_merge", *(str(synthetic(tmp_path, source, 9, 2)) for source in ALT_MERGE),
+             "--held-out", "1", "1", "1", "--out", str(tmp_path / "o.jsonl"), "--keep-out"]
+    for command in (["check", str(whole)], merge):
+        assert main([*command, str(torn)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"error: {torn}: line 2: not JSON" in error and "(2 such lines)" in error
+
+
 def manifest_of(path: Path, *lines: dict) -> Path:
     path.write_text("\n".join(map(json.dumps, lines)))
     return path

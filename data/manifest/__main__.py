@@ -30,7 +30,6 @@ from typing import Any
 from data.filters import find_duplicates
 from data.manifest.captions import read_captions
 from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
-from data.manifest.read import read_records
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -41,7 +40,14 @@ from data.manifest.records import (
     write_manifest,
 )
 from data.manifest.sets import list_avsync15, list_folder, list_landscape, list_playground
-from data.manifest.splits import ALT_MERGE, check_leaks, drop_leaks, hold_out, merge_alt
+from data.manifest.splits import (
+    ALT_MERGE,
+    check_leaks,
+    drop_leaks,
+    hold_out,
+    merge_alt,
+    read_whole,
+)
 from data.manifest.vggsound import list_vggsound
 from data.schema import DataError
 
@@ -56,6 +62,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "playground": {"cut": "marks"},
     "alt_merge": {"held_out": list(ALT_MERGE.values())},
     "check": {},
+}
+# Flag -> who uses it; to the others it says nothing, so they refuse it.
+USED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("frames", "fps", "cut", "duplicates", "leaks", "workers"), SETS),
+    **dict.fromkeys(("out", "captions", "held_out", "keep_out", "seed"), (*SETS, "alt_merge")),
+    "version": ("greatest_hits",),
+    "table": ("vggsound",),
 }
 COMMON = {"frames": 49, "cut": "centre", "duplicates": "exact", "held_out": None}
 
@@ -72,11 +85,19 @@ def import_set(args: argparse.Namespace) -> Listing:
     records = [record for i, record in enumerate(records) if i not in twins]
     if args.held_out is not None:
         records = _hold_out(records, args)
-    others = [record for path in args.keep_out for record in read_records(path, "train")[0]]
     if args.leaks == "keep":
         return Listing(records, rejects)
-    kept = drop_leaks(records, others)
+    kept = drop_leaks(records, _read_others(args.keep_out))
     return Listing(kept.records, [*rejects, *kept.rejects])
+
+
+def _read_others(paths: list[Path]) -> list[Record]:
+    """The records of --keep-out."""
+    others: list[Record] = []
+    for path in paths:
+        others += (records := read_whole(path))
+        note_unknown(path, records)
+    return others
 
 
 def _list(args: argparse.Namespace) -> Listing:
@@ -128,12 +149,17 @@ def report(records: list[Record], rejects: list[Record], out: Path) -> None:
     reasons = collections.Counter(entry["reason"] for entry in rejects)
     shown = ", ".join(f"{name} {count}" for name, count in sorted(reasons.items())) or "none"
     captioned = sum("video_caption" in r and "audio_caption" in r for r in records)
-    unknown = sum(not r.get("origin") for r in records)
     print(f"{out}: {len(records)} cuts, {captioned} with captions; left out: {shown}"
           + (f" ({ledger_path(out)})" if rejects else ""))
+    note_unknown(out, records)
+
+
+def note_unknown(path: Path, records: list[Record]) -> None:
+    """Says how many records name no recording."""
+    unknown = sum(not record.get("origin") for record in records)
     if unknown:
-        print(f"note: the recording of {unknown} clips is unknown: no leak of theirs can be seen",
-              file=sys.stderr)
+        print(f"note: {path}: the recording of {unknown} clips is unknown: no leak of theirs can "
+              "be seen", file=sys.stderr)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -164,6 +190,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of every draw; default: %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(arguments)
+    for name, users in USED_BY.items():
+        if args.set not in users and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: {args.set} does not use it; leave it out")
     for name, common in COMMON.items():
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS[args.set].get(name, common))
@@ -185,7 +214,7 @@ def main(arguments: list[str]) -> int:
             return _check(args.roots)
         if args.set == "alt_merge":
             held_out = dict(zip(ALT_MERGE, args.held_out, strict=True))
-            found = merge_alt(args.roots, held_out, args.seed)
+            found = merge_alt(args.roots, held_out, args.seed, _read_others(args.keep_out))
         else:
             found = import_set(args)
         if args.captions:
@@ -200,7 +229,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(paths: list[Path]) -> int:
-    leaks = check_leaks(paths)
+    manifests = {path: read_whole(path) for path in paths}
+    for path, records in manifests.items():
+        note_unknown(path, records)
+    leaks = check_leaks(manifests)
     for (one, two), found in leaks.items():
         print(f"error: {one} trains on {len(found)} recordings that {two} holds out, such as "
               f"{found[0]}; import it again with --keep-out {two}", file=sys.stderr)
