@@ -78,6 +78,11 @@ def test_alt_merge_wants_its_three_sets(tmp_path):
         merge_alt(manifests, ALT_MERGE, 0)
     with pytest.raises(DataError, match="source='vggsound'"):
         merge_alt([synthetic(tmp_path, "vggsound", 10, 2)], ALT_MERGE, 0)
+    manifests.append(synthetic(tmp_path, "greatest_hits", 10, 2))
+    again = tmp_path / "l2.jsonl"
+    again.write_bytes(manifests[1].read_bytes())
+    with pytest.raises(DataError, match=r"id=.landscape_0.: both .*landscape.jsonl and .*l2.jsonl"):
+        merge_alt([*manifests, again], ALT_MERGE, 0)
     with pytest.raises(DataError, match="held_out=10: there are 10 clips"):
         hold_out(read_records(manifests[0], "train")[0], 10, 0)
 

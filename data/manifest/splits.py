@@ -89,8 +89,9 @@ def merge_alt(
     """ALT-Merge: the manifests of its three sets as one, `held_out` of each set held out.
 
     Paths are of this machine again. What `others` hold out is not trained on. DataError if a set
-    is absent or foreign.
+    is absent or foreign, or if two manifests hold one id.
     """
+    homes: dict[str, Path] = {}
     by_source: dict[str, list[Record]] = {source: [] for source in held_out}
     rejects: list[Record] = []
     for path in manifests:
@@ -103,6 +104,10 @@ def merge_alt(
                     f"{path}: source={record.get('source')!r}; ALT-Merge is made of "
                     f"{', '.join(held_out)}"
                 )
+            if (first := homes.get(record["id"])) is not None:
+                raise DataError(f"id={record['id']!r}: both {first} and {path} have it; give each "
+                                "set's manifest once")
+            homes[record["id"]] = path
             record["path"] = os.path.join(path.parent, record["path"])
             by_source[record["source"]].append(record)
     absent = [source for source, records in by_source.items() if not records]
