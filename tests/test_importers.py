@@ -214,7 +214,7 @@ def test_odd_roots_are_one_line(tmp_path, ten, capsys):
     (empty / "vggsound.csv").write_text("aaaaaaaaaaa,1,x,train\n")
     assert "unpack the archives" in error_of(capsys, "vggsound", empty)
     root = build_vggsound(tmp_path / "VGGSound", ten)
-    assert "held_out=731" in error_of(capsys, "vggsound", root)
+    assert "held_out=138" in error_of(capsys, "vggsound", root)
     (tmp_path / "file").touch()
     assert "cannot be written" in error_of(capsys, "vggsound", root, "--held-out", 2, "--out",
                                            tmp_path / "file" / "m.jsonl")
