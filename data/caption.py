@@ -4,9 +4,11 @@
         --video-model omni-research/Tarsier2-Recap-7b --audio-model Qwen/Qwen2.5-Omni-7B
 
 The video model sees the silent frames of the very cut (t0 to t1, at training's rate and crop), the
-audio model sees them too and hears the sound; one model is in memory at a time. Each appends to
-its own file (captions.video.jsonl, captions.audio.jsonl), so the same command goes on where a
-killed run stopped. At the end both are joined, one line per id, no key for a caption that failed:
+audio model sees them too and hears the sound; one model is in memory at a time. A cut without
+sound, by data.prepare's defaults, gets the audio caption "" and stays with --keep-silent. Each
+appends to its own file (captions.video.jsonl, captions.audio.jsonl), so the same command goes on
+where a killed run stopped. At the end both are joined, one line per id, no key for a caption that
+failed:
 
     {"id": "...", "video_caption": "...", "audio_caption": "...", "video_model": "...",
      "video_prompt": "12 digits of the prompt's sha256", "audio_model": ..., "audio_prompt": ...}
@@ -33,7 +35,13 @@ import torch
 from tqdm import tqdm
 
 from data.caption_files import KINDS, Job, Record, appending, join, json_line, read_part
-from data.captioners import AudioCaptioner, VideoCaptioner, open_audio_model, open_video_model
+from data.captioners import (
+    Answer,
+    AudioCaptioner,
+    VideoCaptioner,
+    open_audio_model,
+    open_video_model,
+)
 from data.decode import Cut, CutSpec, read_cut
 from data.manifest import Fault, read_records
 from data.probe import Rejected
@@ -42,6 +50,7 @@ from model.files import one_line_errors
 
 PROMPTS = Path(__file__).parent / "prompts"
 SOUND: dict[str, Any] = {"sample_rate": 16000, "hop": 160}  # Whisper's features: 10 ms each
+SILENT = ("no_audio", "silent", "digital_silence")  # reasons that are known answers, not failures
 DECODERS = 2  # threads that decode the next batch while the model writes this one
 Captioner = VideoCaptioner | AudioCaptioner
 
@@ -131,7 +140,11 @@ def caption_group(
         try:
             usable.append((record, future.result()))
         except Rejected as error:
-            refused.append(_reject(record, error.reason, error.detail))
+            if job.kind == "audio" and error.reason in SILENT:
+                counts[error.reason] += 1
+                lines.append(_line(job, record, Answer("", truncated=False)))
+            else:
+                refused.append(_reject(record, error.reason, error.detail))
     try:
         answers = captioner.caption([cut for _, cut in usable]) if usable else []
     except torch.OutOfMemoryError as error:
@@ -142,10 +155,10 @@ def caption_group(
             continue
         counts["new"] += 1
         counts["truncated"] += answer.truncated
-        found = {"caption": answer.text, "truncated": answer.truncated}
-        lines.append({"id": record["id"]} | found | job.identity)
+        lines.append(_line(job, record, answer))
     counts.update(line["reason"] for line in refused)
-    return lines, refused
+    order = [record["id"] for record, _ in group]
+    return sorted(lines, key=lambda line: order.index(line["id"])), refused
 
 
 def decode_ahead(
@@ -248,6 +261,11 @@ def main(arguments: list[str]) -> int:
 
 def _tally(counts: collections.Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "nothing"
+
+
+def _line(job: Job, record: Record, answer: Answer) -> Record:
+    found = {"caption": answer.text, "truncated": answer.truncated}
+    return {"id": record["id"]} | found | job.identity
 
 
 def _reject(record: Record, reason: str, detail: str) -> Record:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from data import caption
 from data.caption_files import appending
+from data.doctor import main as doctor
 from data.manifest import read_captions
 from model.files import read_json
 from tests import captioning
@@ -139,7 +140,7 @@ def test_unusable_clips_go_to_the_ledger(models, tmp_path, capsys):
     (folder / "broken.mkv").write_bytes(b"no video")
     records = [json.loads(manifest.read_text())]
     for name in ("mute", "still", "short", "broken", "absent"):
-        records.append({"id": name, "path": f"{name}.mkv", "t0": 0.0, "t1": 0.5})
+        records.append({"id": name, "path": f"{name}.mkv", "t0": 0.0, "t1": 0.75})
     records.append({"id": "backwards", "path": "0.mkv", "t0": 1.0, "t1": 0.5})
     captioning.write_manifest(manifest, records)
     with manifest.open("a") as file:
@@ -153,11 +154,17 @@ def test_unusable_clips_go_to_the_ledger(models, tmp_path, capsys):
     never = {"short": "too_short", "broken": "undecodable", "absent": "undecodable",
              "backwards": "invalid_record", "line 8": "invalid_record"}
     assert reasons["video"] == never
-    assert reasons["audio"] == never | {"mute": "no_audio", "still": "silent"}
+    assert reasons["audio"] == never
     found = {line["id"]: sorted(k for k in line if k.endswith("caption")) for line in lines(out)}
-    only = ["video_caption"]
-    assert found == {"clip 0": ["audio_caption", *only], "mute": only, "still": only}
-    assert "too_short 1" in capsys.readouterr().out
+    assert found == dict.fromkeys(("clip 0", "mute", "still"), ["audio_caption", "video_caption"])
+    assert [line["audio_caption"] for line in lines(out)][1:] == ["", ""]  # known: no sound
+    shown = capsys.readouterr().out
+    assert "no_audio 1" in shown and "silent 1" in shown and "too_short 1" in shown
+    usable = captioning.write_manifest(folder / "usable.jsonl", records[:3])
+    for options, count in (((), 1), (("--keep-silent",), 3)):
+        assert doctor([str(usable), "--captions", str(out), "--fps", "20", "--frames", "15",
+                       "--workers", "1", "--min-source-fps", "1", *options]) == 0
+        assert f"usable   {count} of 3" in capsys.readouterr().out
 
 
 # Refusals

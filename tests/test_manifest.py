@@ -78,8 +78,53 @@ def test_alt_merge_wants_its_three_sets(tmp_path):
         merge_alt(manifests, ALT_MERGE, 0)
     with pytest.raises(DataError, match="source='vggsound'"):
         merge_alt([synthetic(tmp_path, "vggsound", 10, 2)], ALT_MERGE, 0)
+    manifests.append(synthetic(tmp_path, "greatest_hits", 10, 2))
+    again = tmp_path / "l2.jsonl"
+    again.write_bytes(manifests[1].read_bytes())
+    with pytest.raises(DataError, match=r"id=.landscape_0.: both .*landscape.jsonl and .*l2.jsonl"):
+        merge_alt([*manifests, again], ALT_MERGE, 0)
     with pytest.raises(DataError, match="held_out=10: there are 10 clips"):
         hold_out(read_records(manifests[0], "train")[0], 10, 0)
+
+
+def test_alt_merge_keeps_out_what_others_hold_out(tmp_path, capsys):
+    manifests = [str(synthetic(tmp_path, source, 20, 2)) for source in ALT_MERGE]
+    other = manifest_of(tmp_path / "v.jsonl", *(
+        {"id": f"{index}", "path": "x", "split": "validation", "origin": f"landscape{index}"}
+        for index in range(10)))
+    out = str(tmp_path / "alt.jsonl")
+    command = ["alt_merge", *manifests, "--out", out, "--held-out", "2", "2", "2"]
+    assert main(command) == 0 and main(["check", out, str(other)]) == 1
+    assert "--keep-out" in capsys.readouterr().err
+    assert main([*command, "--keep-out", str(other)]) == 0
+    assert main(["check", out, str(other)]) == 0
+
+
+@pytest.mark.parametrize("flag", [
+    ("--frames", "9"), ("--fps", "25"), ("--cut", "marks"), ("--duplicates", "id"),
+    ("--leaks", "keep"), ("--version", "mic"), ("--table", "t.csv"), ("--workers", "77")])
+def test_flags_without_a_use_are_refused(tmp_path, capsys, flag):
+    for command in (["alt_merge", "m.jsonl", "--out", "o.jsonl"], ["check", "m.jsonl"]):
+        with pytest.raises(SystemExit):
+            main([*command, *flag])
+        assert f"{flag[0]}: {command[0]} does not use it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["check", "m.jsonl", "--keep-out", "o.jsonl"])
+
+
+def test_check_says_what_it_cannot_judge(tmp_path, capsys):
+    good = {"id": "a", "path": "x", "origin": "tube"}
+    whole = manifest_of(tmp_path / "whole.jsonl", good, {"id": "b", "path": "x", "origin": ""})
+    assert main(["check", str(whole)]) == 0
+    assert f"{whole}: the recording of 1 clips is unknown" in capsys.readouterr().err
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text(json.dumps(good) + '\n{"id": "b", "pa\n[1]\n')
+    merge = ["alt_merge", *(str(synthetic(tmp_path, source, 9, 2)) for source in ALT_MERGE),
+             "--held-out", "1", "1", "1", "--out", str(tmp_path / "o.jsonl"), "--keep-out"]
+    for command in (["check", str(whole)], merge):
+        assert main([*command, str(torn)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"error: {torn}: line 2: not JSON" in error and "(2 such lines)" in error
 
 
 def manifest_of(path: Path, *lines: dict) -> Path:
@@ -111,6 +156,21 @@ def test_captions_join_by_id_and_faults_name_what_is_missing(tmp_path):
     assert [r["id"] for r in records] == ["own"]
     assert {f.reason for f in faults} == {"invalid_record"}
     assert len(read_records(manifest, "train")[0]) == 4
+
+
+def test_no_sound_is_a_caption_that_is_known(tmp_path):
+    manifest = manifest_of(tmp_path / "m.jsonl", *({"id": name, "path": "x"} for name in "abcd"))
+    file = manifest_of(
+        tmp_path / "c.jsonl", {"id": "a", "video_caption": "v", "audio_caption": ""},
+        {"id": "b", "video_caption": "v", "audio_caption": ""}, {"id": "b", "audio_caption": "A"},
+        {"id": "b", "audio_caption": ""}, {"id": "c", "video_caption": "", "audio_caption": ""},
+        {"id": "d", "video_caption": "v"})
+    records, faults = read_manifest(manifest, "train", read_captions(file))
+    assert {r["id"]: r["audio_caption"] for r in records} == {"a": "", "b": "A"}
+    assert [f.clip_id for f in faults] == ["c", "d"] and "without sound" in faults[1].detail
+    file = tmp_path / "c.csv"
+    file.write_text("id,video_caption,audio_caption\na,v,\n")
+    assert read_captions(file) == {"a": {"video_caption": "v"}}
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,10 @@ def test_silent_clips_stay_on_request(tmp_path, encoders):
     strict = prepare(manifest, tmp_path / "strict", encoders, SPEC)
     assert strict.counts == {"train": 1} and strict.rejected == {"silent": 1, "no_audio": 1}
     spec = CutSpec(**(vars(SPEC) | {"keep_silent": True}))
-    kept = prepare(manifest, tmp_path / "kept", encoders, spec)
+    captions = write_manifest(tmp_path / "c.jsonl", *(  # as data.caption says it: "" is no sound
+        {"id": name, "video_caption": tiny.CAPTIONS[0], "audio_caption": heard}
+        for name, heard in (("loud", tiny.CAPTIONS[1]), ("quiet", ""), ("mute", ""))))
+    kept = prepare(manifest, tmp_path / "kept", encoders, spec, captions=captions)
     assert kept.counts == {"train": 3} and kept.rejected == {}
     samples = {s["id"]: s for s in iter_samples(tmp_path / "kept", "train")}
     assert {name: s["has_audio"] for name, s in samples.items()} == {
@@ -218,6 +221,7 @@ def test_silent_clips_stay_on_request(tmp_path, encoders):
     for name in ("quiet", "mute"):
         assert not samples[name]["audio_mean"].any() and not samples[name]["audio_std"].any()
         assert samples[name]["video_latents"].any()
+        assert samples[name]["record"]["audio_caption"] == ""
         assert samples[name]["record"]["mean_dbfs"] is None
         assert samples[name]["record"]["has_audio"] is False
     assert samples["quiet"]["record"]["sound_seconds"] == pytest.approx(0.375)

@@ -1,11 +1,13 @@
 """VGGSound in miniature: both file-name conventions, odd ids, quoted labels, splits, duplicates."""
 
+import collections
 import json
 
 import pytest
 
-from data.manifest.__main__ import main
+from data.manifest.__main__ import hold_out_tests, main, parse
 from data.manifest.vggsound import load_subsets, parse_name
+from data.schema import DataError
 from tests.trees import FACTS, build_vggsound, reasons, run, take
 
 
@@ -15,9 +17,13 @@ def ten(tmp_path_factory):
     return take(tmp_path_factory.mktemp("source") / "ten.mp4")
 
 
-def test_vggsound(tmp_path, ten):
+@pytest.mark.parametrize(("options", "second"), [
+    (("--held-out", 1), "train"), (("--held-out", 0, 0, 1), "train"),
+    (("--held-out", 0, 0, 2), "validation"),
+    (("--held-out", 1, "--official-test", "test"), "test")])
+def test_vggsound(tmp_path, ten, options, second):
     root = build_vggsound(tmp_path / "VGGSound", ten)
-    records, rejects = run("vggsound", root, out=tmp_path / "v.jsonl", options=("--held-out", 1))
+    records, rejects = run("vggsound", root, out=tmp_path / "v.jsonl", options=options)
     bee = records["-0abcDEFghi_000030"]
     assert bee == bee | FACTS | {
         "source": "vggsound", "class": "bee, wasp, etc. buzzing", "split": "train",
@@ -25,19 +31,21 @@ def test_vggsound(tmp_path, ten):
         "origin": "-0abcDEFghi", "origin_start": 30.0, "t0": 2.5, "t1": 2.5 + 121 / 24}
     assert records["aaaaaaaaaaa_000001"]["subset"] == "AV-Tight"
     splits = {name: r["split"] for name, r in records.items()}
-    assert sorted(splits.pop(name) for name in ("under_scor__000000", "ccccccccccc_000005")) == [
-        "test", "validation"]
+    assert splits.pop("under_scor__000000") == "validation"
+    assert splits.pop("ccccccccccc_000005") == second
+    leak = {} if second == "train" else {"ccccccccccc_000100": "leak"}
+    if not leak:
+        assert splits.pop("ccccccccccc_000100") == "train"
     assert splits == dict.fromkeys(
         ("-0abcDEFghi_000030", "aaaaaaaaaaa_000001", "aaaaaaaaaaa_000040"), "train")
     assert reasons(rejects) == {
         "aaaaaaaaaaa_000001": "duplicate",
         "aaaaaaaaaaa_000046": "overlap",
-        "ccccccccccc_000100": "leak",
         "fffffffffff_000100": "unlisted",
         "my holiday": "unlisted",
         "ddddddddddd_000007": "missing_file",
         "eeeeeeeeeee": "invalid_record",
-    }
+    } | leak
 
 
 @pytest.mark.parametrize(("mode", "left"), [("exact", 3), ("overlap", 2), ("id", 1)])
@@ -63,6 +71,34 @@ def test_what_counts_as_a_duplicate_is_a_setting(tmp_path, ten, mode, left):
 )
 def test_vggsound_file_names(stem, parsed):
     assert parse_name(stem) == parsed
+
+
+def test_held_out_clips_per_subset(tmp_path, capsys):
+    """By default the paper's: 138 AV-Tight, 554 AV-Loose, 39 in neither."""
+    sizes = {"AV-Tight": 200, "AV-Loose": 700, "": 50}
+    records = [{"id": f"{subset}{index}", "subset": subset, "class": f"c{index % 7}",
+                "split": "test" if index < size else "train", "origin": f"{subset}{index}"}
+               for subset, size in sizes.items() for index in range(size + 9)]
+    args = parse(["vggsound", str(tmp_path)])
+    found = hold_out_tests(records, args)
+    assert len(found) == len(records)
+    held = [r for r in found if r["split"] == "validation"]
+    assert collections.Counter(r["subset"] for r in held) == {
+        "AV-Tight": 138, "AV-Loose": 554, "": 39}
+    assert {r["split"] for r in found} == {"train", "validation"}
+    assert all(int(r["id"].removeprefix(r["subset"])) < sizes[r["subset"]] for r in held)
+    args.held_out, args.official_test = [731], "test"
+    found = hold_out_tests(records, args)
+    assert collections.Counter(r["split"] for r in found) == {
+        "train": 27, "validation": 731, "test": 950 - 731}
+    args.held_out = [200, 701, 0]
+    with pytest.raises(DataError, match="held_out=701: .* only 700 .*AV-Loose.*--held-out 200 700"):
+        hold_out_tests(records, args)
+    for flags in (["--held-out", "1", "2"], ["--held-out=-1"]):
+        with pytest.raises(SystemExit):
+            parse(["vggsound", str(tmp_path), *flags])
+    with pytest.raises(SystemExit):
+        parse(["folder", str(tmp_path), "--official-test", "test"])
 
 
 def test_av_tight_and_loose_are_the_papers():

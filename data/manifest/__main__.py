@@ -14,10 +14,11 @@
 What is left out stands in x.rejects.jsonl beside x.jsonl, with its reason. Records hold id,
 source, class, split, subset, path, origin and origin_start (the recording), width, height,
 rotation, fps, vfr, frames, seconds, audio_rate, channels, t0, t1, sha256, captions if known, and
-marks if the set has them. Splits are train, validation and, for VGGSound, test: official test
-clips that are not held out, never trained on. Training clips of a recording that is held out are
-a leak and go, unless alt_merge draws the splits anew. The cut is the centre, in The Greatest Hits
-and the playground the window with the most marks. Content is judged by data.doctor.
+marks if the set has them. Splits are train and validation. VGGSound's is drawn from its official
+test clips, so many of AV-Tight, AV-Loose and neither; the others are trained on, as the paper's
+106,717 of 107,648 say, or not (--official-test test). Training clips of a recording that is held
+out are a leak and go, unless alt_merge draws the splits anew. The cut is the centre, in The
+Greatest Hits and the playground the window with the most marks. Content is judged by data.doctor.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from typing import Any
 from data.filters import find_duplicates
 from data.manifest.captions import read_captions
 from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
-from data.manifest.read import read_records
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -41,7 +41,14 @@ from data.manifest.records import (
     write_manifest,
 )
 from data.manifest.sets import list_avsync15, list_folder, list_landscape, list_playground
-from data.manifest.splits import ALT_MERGE, check_leaks, drop_leaks, hold_out, merge_alt
+from data.manifest.splits import (
+    ALT_MERGE,
+    check_leaks,
+    drop_leaks,
+    hold_out,
+    merge_alt,
+    read_whole,
+)
 from data.manifest.vggsound import list_vggsound
 from data.schema import DataError
 
@@ -51,11 +58,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "avsync15": {},
     "landscape": {},
     "greatest_hits": {"cut": "marks"},
-    "vggsound": {"frames": 121, "duplicates": "overlap", "held_out": [731]},
+    # AV-Tight, AV-Loose, neither: what the percentages of the paper's Dynamic Degree are made of.
+    "vggsound": {"frames": 121, "duplicates": "overlap", "held_out": [138, 554, 39]},
     "folder": {},
     "playground": {"cut": "marks"},
     "alt_merge": {"held_out": list(ALT_MERGE.values())},
     "check": {},
+}
+# Flag -> who uses it; to the others it says nothing, so they refuse it.
+USED_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("frames", "fps", "cut", "duplicates", "leaks", "workers"), SETS),
+    **dict.fromkeys(("out", "captions", "held_out", "keep_out", "seed"), (*SETS, "alt_merge")),
+    "version": ("greatest_hits",),
+    "table": ("vggsound",),
+    "official_test": ("vggsound",),
 }
 COMMON = {"frames": 49, "cut": "centre", "duplicates": "exact", "held_out": None}
 
@@ -70,13 +86,23 @@ def import_set(args: argparse.Namespace) -> Listing:
     reason = "duplicate" if args.duplicates != "overlap" else "overlap"
     rejects += [reject(records[i], reason, detail) for i, detail in twins.items()]
     records = [record for i, record in enumerate(records) if i not in twins]
-    if args.held_out is not None:
-        records = _hold_out(records, args)
-    others = [record for path in args.keep_out for record in read_records(path, "train")[0]]
+    if args.set == "vggsound":
+        records = hold_out_tests(records, args)
+    elif args.held_out is not None:
+        records = hold_out(records, args.held_out[0], args.seed)
     if args.leaks == "keep":
         return Listing(records, rejects)
-    kept = drop_leaks(records, others)
+    kept = drop_leaks(records, _read_others(args.keep_out))
     return Listing(kept.records, [*rejects, *kept.rejects])
+
+
+def _read_others(paths: list[Path]) -> list[Record]:
+    """The records of --keep-out."""
+    others: list[Record] = []
+    for path in paths:
+        others += (records := read_whole(path))
+        note_unknown(path, records)
+    return others
 
 
 def _list(args: argparse.Namespace) -> Listing:
@@ -93,21 +119,29 @@ def _list(args: argparse.Namespace) -> Listing:
     }[args.set](root)
 
 
-def _hold_out(records: list[Record], args: argparse.Namespace) -> list[Record]:
-    """VGGSound: among its official test clips, the rest of which stays "test"."""
-    [count] = args.held_out
-    if args.set != "vggsound":
-        return hold_out(records, count, args.seed)
+def hold_out_tests(records: list[Record], args: argparse.Namespace) -> list[Record]:
+    """VGGSound: among its official test clips, so many of each subset or of all of them.
+
+    The rest gets the split `args.official_test`. DataError if there are too few.
+    """
     test = [record for record in records if record["split"] == "test"]
-    train = [record for record in records if record["split"] != "test"]
-    if count > len(test):
-        raise DataError(
-            f"held_out={count}: {args.roots[0]} has only {len(test)} of VGGSound's official test "
-            f"clips; use --held-out {len(test)} or less"
-        )
-    if count == len(test):
-        return train + [record | {"split": "validation"} for record in test]
-    return train + hold_out(test, count, args.seed, rest="test")
+    parts = {"": test}
+    if len(args.held_out) > 1:
+        parts = {f" in {name or 'neither subset'}": [r for r in test if r["subset"] == name]
+                 for name in ("AV-Tight", "AV-Loose", "")}
+    most = [min(n, len(part)) for n, part in zip(args.held_out, parts.values(), strict=True)]
+    done = [record for record in records if record["split"] != "test"]
+    for count, (where, part) in zip(args.held_out, parts.items(), strict=True):
+        if count > len(part):
+            raise DataError(
+                f"held_out={count}: {args.roots[0]} has only {len(part)} of VGGSound's official "
+                f"test clips{where}; use --held-out {' '.join(map(str, most))} or less"
+            )
+        if count == len(part):
+            done += [record | {"split": "validation"} for record in part]
+        else:
+            done += hold_out(part, count, args.seed, rest=args.official_test)
+    return done
 
 
 def add_captions(records: list[Record], path: Path) -> None:
@@ -128,12 +162,17 @@ def report(records: list[Record], rejects: list[Record], out: Path) -> None:
     reasons = collections.Counter(entry["reason"] for entry in rejects)
     shown = ", ".join(f"{name} {count}" for name, count in sorted(reasons.items())) or "none"
     captioned = sum("video_caption" in r and "audio_caption" in r for r in records)
-    unknown = sum(not r.get("origin") for r in records)
     print(f"{out}: {len(records)} cuts, {captioned} with captions; left out: {shown}"
           + (f" ({ledger_path(out)})" if rejects else ""))
+    note_unknown(out, records)
+
+
+def note_unknown(path: Path, records: list[Record]) -> None:
+    """Says how many records name no recording."""
+    unknown = sum(not record.get("origin") for record in records)
     if unknown:
-        print(f"note: the recording of {unknown} clips is unknown: no leak of theirs can be seen",
-              file=sys.stderr)
+        print(f"note: {path}: the recording of {unknown} clips is unknown: no leak of theirs can "
+              "be seen", file=sys.stderr)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -152,8 +191,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="what goes: same start (default), overlapping windows of a recording "
                         "(VGGSound's default), all but one clip of a recording")
     parser.add_argument("--held-out", type=int, nargs="+", metavar="N",
-                        help="clips to hold out: VGGSound 731, alt_merge 120 80 100, else what "
-                        "the set's own lists say")
+                        help="clips to hold out: VGGSound 138 554 39 (AV-Tight, AV-Loose, neither) "
+                        "or one number, alt_merge 120 80 100, else what the set's own lists say")
+    parser.add_argument("--official-test", choices=("train", "test"), default="train",
+                        help="split of VGGSound's official test clips that are not held out; "
+                        "default: %(default)s")
     parser.add_argument("--keep-out", type=Path, nargs="+", default=[], metavar="MANIFEST",
                         help="do not train on recordings that these hold out")
     parser.add_argument("--leaks", choices=("drop", "keep"), default="drop",
@@ -164,6 +206,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of every draw; default: %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args(arguments)
+    for name, users in USED_BY.items():
+        if args.set not in users and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: {args.set} does not use it; leave it out")
     for name, common in COMMON.items():
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS[args.set].get(name, common))
@@ -171,8 +216,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"{args.set} takes one ROOT, not {len(args.roots)}")
     if args.leaks == "keep" and args.keep_out:
         parser.error("--leaks keep and --keep-out contradict each other; leave one out")
-    if args.held_out is not None and len(args.held_out) != (3 if args.set == "alt_merge" else 1):
-        parser.error(f"--held-out {args.held_out}: one number; three for alt_merge")
+    counts = {"alt_merge": (3,), "vggsound": (1, 3)}.get(args.set, (1,))
+    if args.held_out and (len(args.held_out) not in counts or min(args.held_out) < 0):
+        parser.error(f"--held-out {args.held_out}: {' or '.join(map(str, counts))} numbers for "
+                     f"{args.set}, 0 or above")
     if args.set == "alt_merge" and args.out is None:
         parser.error("alt_merge needs --out")
     return args
@@ -185,7 +232,7 @@ def main(arguments: list[str]) -> int:
             return _check(args.roots)
         if args.set == "alt_merge":
             held_out = dict(zip(ALT_MERGE, args.held_out, strict=True))
-            found = merge_alt(args.roots, held_out, args.seed)
+            found = merge_alt(args.roots, held_out, args.seed, _read_others(args.keep_out))
         else:
             found = import_set(args)
         if args.captions:
@@ -200,7 +247,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(paths: list[Path]) -> int:
-    leaks = check_leaks(paths)
+    manifests = {path: read_whole(path) for path in paths}
+    for path, records in manifests.items():
+        note_unknown(path, records)
+    leaks = check_leaks(manifests)
     for (one, two), found in leaks.items():
         print(f"error: {one} trains on {len(found)} recordings that {two} holds out, such as "
               f"{found[0]}; import it again with --keep-out {two}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Captions by clip id, from a file of their own: JSONL or CSV, by hand or by `data.caption`.
 
-Lines may give one caption each; a line that ends in the middle (a killed writer's last) is an
-error that names it, as is a second, different caption of the same clip.
+Lines may give one caption each; "audio_caption": "" in JSONL says that a clip has no sound. A line
+that ends in the middle (a killed writer's last) is an error that names it, as is a second,
+different caption of the same clip.
 """
 
 import csv
@@ -19,7 +20,8 @@ def read_captions(path: Path) -> dict[str, dict[str, str]]:
     """id -> {"video_caption", "audio_caption"}, those of the two that the file gives.
 
     JSONL: {"id", "video_caption", "audio_caption"} a line; CSV (by its ending): the same names as
-    header. Other keys are left alone. DataError, in one line, for anything else.
+    header, an empty cell gives nothing. Other keys are left alone. DataError, in one line, for
+    anything else.
     """
     captions: dict[str, dict[str, str]] = {}
     for number, row in _rows(path):
@@ -29,6 +31,8 @@ def read_captions(path: Path) -> dict[str, dict[str, str]]:
         known = captions.setdefault(clip_id, {})
         for key in CAPTIONS:
             text = row.get(key)
+            if text == "" and key == "audio_caption" and path.suffix.lower() != ".csv":
+                known.setdefault(key, "")  # without sound, unless another line gives a text
             if text is None or text == "":  # given by another line, or not at all
                 continue
             if not isinstance(text, str):
@@ -37,6 +41,8 @@ def read_captions(path: Path) -> dict[str, dict[str, str]]:
                 check_text({key: text})
             except ValueError as error:
                 raise DataError(f"captions={path}: line {number}: {error}") from error
+            if known.get(key) == "":
+                known[key] = text
             if known.setdefault(key, text) != text:
                 raise DataError(
                     f"captions={path}: line {number} gives {clip_id!r} another '{key}' than an "

@@ -51,6 +51,8 @@ def read_manifest(
             faults.append(Fault(record["id"], "invalid_record", detail, number))
         else:
             detail = f"no '{missing}', neither in the manifest nor in the captions file"
+            if missing == "audio_caption":
+                detail += '; a clip without sound takes "" (in JSONL)'
             faults.append(Fault(record["id"], "no_caption", detail, number))
     return records, sorted(faults, key=lambda fault: fault.line)
 

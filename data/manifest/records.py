@@ -195,7 +195,13 @@ def read_ledger(manifest: Path) -> list[Record]:
 
 
 def write_manifest(out: Path, records: list[Record], rejects: list[Record]) -> None:
-    """Both files; paths become relative to `out`. DataError if nothing is left."""
+    """Both files; paths become relative to `out`. DataError if nothing is left or an id repeats."""
+    paths: dict[str, str] = {}
+    for record in records:
+        if (first := paths.get(record["id"])) is not None:
+            raise DataError(f"id={record['id']!r}: both {first} and {record['path']} have it, and "
+                            "captions and splits go by id; rename one")
+        paths[record["id"]] = record["path"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_lines(ledger_path(out), rejects)

@@ -3,10 +3,13 @@
 Layouts are those of the downloads (AVSync15 and the lists: lzhangbj/ASVA; Landscape: the copy by
 researchmm/MM-Diffusion). What is listed and absent, or present and not listed, goes to the ledger.
 `origin` is the recording a clip is cut from (a YouTube id, "" where the name does not say) and
-`origin_start` where in it the file begins: what duplicates and leaks are found by.
+`origin_start` where in it the file begins: what duplicates and leaks are found by. The id is the
+file's name, or its path where several folders hold a file of that name.
 """
 
+import collections
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -40,9 +43,9 @@ def list_landscape(root: Path) -> Listing:
     words = _class_names(root)
     clips = {split: _scan(folder) for split, folder in parts.items() if folder.is_dir()}
     names = [(split, name, None) for split in clips for name in clips[split]]
-    return Listing(
-        [_clip(parts, "landscape", "Landscape", words, *entry) for entry in names], []
-    )
+    records = [_clip(parts, "landscape", "Landscape", words, *entry) for entry in names]
+    _tell_apart(records, parts)
+    return Listing(records, [])
 
 
 def list_folder(root: Path) -> Listing:
@@ -106,7 +109,18 @@ def _by_lists(root: Path, parts: dict[str, Path], source: str, subset: str) -> L
             f"root={root}: none of the {len(seen)} listed clips lies below {parts['train']}; "
             "unpack videos.tar.gz there"
         )
+    _tell_apart(done.records, parts)
     return done
+
+
+def _tell_apart(records: list[Record], parts: dict[str, Path]) -> None:
+    """Ids of whole paths for those whose file name alone is not theirs."""
+    base = os.path.commonpath(list(parts.values()))
+    counts = collections.Counter(record["id"] for record in records)
+    for record in records:
+        if counts[record["id"]] > 1:
+            path = Path(record["path"]).relative_to(base).as_posix()
+            record["id"] = f"{record['source']}_{path}"
 
 
 def _read_list(path: Path) -> list[tuple[int, str, float | None]]:

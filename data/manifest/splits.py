@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.manifest.read import read_records
@@ -40,7 +41,7 @@ def _draw(seed: int, clip_id: str) -> str:
     return hashlib.sha256(f"{seed}/{clip_id}".encode()).hexdigest()
 
 
-def drop_leaks(records: list[Record], others: list[Record]) -> Listing:
+def drop_leaks(records: list[Record], others: Sequence[Record]) -> Listing:
     """Training clips go whose recording is held out, in these records or in `others`."""
     held: dict[str, Record] = {}
     for record in (*others, *records):
@@ -52,29 +53,45 @@ def drop_leaks(records: list[Record], others: list[Record]) -> Listing:
         if twin is None:
             kept.records.append(record)
         else:
-            detail = f"recording {record['origin']} is held out ({twin['source']}, {twin['id']})"
+            where = f"{twin.get('source', 'no source')}, {twin['id']}"
+            detail = f"recording {record['origin']} is held out ({where})"
             kept.rejects.append(reject(record, "leak", detail))
     return kept
 
 
-def check_leaks(paths: list[Path]) -> dict[tuple[Path, Path], list[str]]:
+def read_whole(path: Path) -> list[Record]:
+    """The records of a manifest; DataError if a line is faulty, for its leaks would go unseen."""
+    records, faults = read_records(path, "train")
+    if faults:
+        raise DataError(
+            f"{path}: line {faults[0].line}: {faults[0].detail} ({len(faults)} such lines): leaks "
+            "of theirs cannot be seen; mend or delete them"
+        )
+    return records
+
+
+def check_leaks(manifests: dict[Path, list[Record]]) -> dict[tuple[Path, Path], list[str]]:
     """(trained on, held out) -> recordings that both manifests hold so; empty if all is well."""
     sides: dict[Path, dict[bool, set[str]]] = {}
-    for path in paths:
+    for path, records in manifests.items():
         sides[path] = {True: set(), False: set()}
-        for record in read_records(path, "train")[0]:
+        for record in records:
             if record.get("origin"):
                 sides[path][record["split"] == "train"].add(record["origin"])
     leaks = {(one, two): sorted(sides[one][True] & sides[two][False])
-             for one in paths for two in paths}
+             for one in manifests for two in manifests}
     return {pair: found for pair, found in leaks.items() if found}
 
 
-def merge_alt(manifests: list[Path], held_out: dict[str, int], seed: int) -> Listing:
+def merge_alt(
+    manifests: list[Path], held_out: dict[str, int], seed: int, others: Sequence[Record] = ()
+) -> Listing:
     """ALT-Merge: the manifests of its three sets as one, `held_out` of each set held out.
 
-    Paths are of this machine again. DataError if a set is absent or foreign.
+    Paths are of this machine again. What `others` hold out is not trained on. DataError if a set
+    is absent or foreign, or if two manifests hold one id.
     """
+    homes: dict[str, Path] = {}
     by_source: dict[str, list[Record]] = {source: [] for source in held_out}
     rejects: list[Record] = []
     for path in manifests:
@@ -87,6 +104,10 @@ def merge_alt(manifests: list[Path], held_out: dict[str, int], seed: int) -> Lis
                     f"{path}: source={record.get('source')!r}; ALT-Merge is made of "
                     f"{', '.join(held_out)}"
                 )
+            if (first := homes.get(record["id"])) is not None:
+                raise DataError(f"id={record['id']!r}: both {first} and {path} have it; give each "
+                                "set's manifest once")
+            homes[record["id"]] = path
             record["path"] = os.path.join(path.parent, record["path"])
             by_source[record["source"]].append(record)
     absent = [source for source, records in by_source.items() if not records]
@@ -94,5 +115,5 @@ def merge_alt(manifests: list[Path], held_out: dict[str, int], seed: int) -> Lis
         raise DataError(f"alt_merge: no clip of {', '.join(absent)}; give its manifest too")
     merged = [record for source, count in held_out.items()
               for record in hold_out(by_source[source], count, seed)]
-    kept = drop_leaks(merged, [])
+    kept = drop_leaks(merged, others)
     return Listing(kept.records, [*rejects, *kept.rejects])

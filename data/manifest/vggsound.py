@@ -26,7 +26,7 @@ class Row(NamedTuple):
 def list_vggsound(root: Path, table: Path | None = None) -> Listing:
     """Every clip below root that the table names; `table` is root/vggsound.csv by default.
 
-    The official test clips get split "test"; how many of them are held out is said later.
+    The official test clips get split "test"; which of them are held out is said later.
     """
     table = table or next((p for p in (root / "vggsound.csv", root / "data/vggsound.csv")
                            if p.is_file()), root / "vggsound.csv")
