@@ -238,7 +238,8 @@ def test_several_cuts_of_one_clip(tmp_path, encoders):
     clip = write_media(tmp_path / "a.mkv", frames, np.arange(96) / 24, noise(4))
     short = write_media(tmp_path / "s.mkv", numbered(10), np.arange(10) / 24, noise(0.5))
     manifest = write_manifest(
-        tmp_path / "m.jsonl", record("a", clip, t0=3.0), record("s", short, t0=0.0)
+        tmp_path / "m.jsonl", record("a", clip, t0=3.0, t1=3.375, marks=[[0.1, "wood"]]),
+        record("s", short, t0=0.0),
     )
     spec = CutSpec(**(vars(SPEC) | {"offsets": 2, "crops": 2}))
     metadata = prepare(manifest, tmp_path / "out", encoders, spec)
@@ -247,6 +248,10 @@ def test_several_cuts_of_one_clip(tmp_path, encoders):
     room = 4 - 9 / 24
     assert [s["t0"] for s in samples[:2]] == [3.0, 3.0]  # the record's own comes first
     assert samples[2]["t0"] == pytest.approx((3 + room / 2) % room, abs=0.022)
+    assert [s["t1"] - s["t0"] for s in samples[:4]] == pytest.approx([9 / 24] * 4)
+    # Marks are those of the record's own cut: of the others nothing is known.
+    assert [s.get("marks") for s in samples[:4]] == [[[0.1, "wood"]]] * 2 + [None] * 2
+    assert "t1" not in samples[4]
     rejects = [json.loads(line) for line in
                (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert {r["id"]: r["reason"] for r in rejects} == dict.fromkeys(["s@2", "s@3"], "no_room")

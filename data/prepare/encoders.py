@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.cut import Cut, CutSpec
+from data.cut import Cut, CutSpec, Facts
 from data.probe import Rejected
 from data.provenance import encoder_fingerprints
 from data.schema import DataError, Metadata, pack
@@ -76,7 +76,7 @@ class Encoders:
         states, mask = self.audio_text.encode([record["audio_caption"]])
         [video_text] = self.video_text.encode([record["video_caption"]])
         shape = len(cut.audio) // self.audio_vae.hop, self.audio_vae.latent_channels
-        record = record | dataclasses.asdict(cut.facts)
+        record = describe(record, cut.facts)
         return pack(record, video, audio, video_text, (states[0], mask[0]), shape)
 
     def _encode_sound(self, cut: Cut) -> tuple[Tensor, Tensor]:
@@ -95,6 +95,21 @@ class Encoders:
             states[f"audio_{name}"] = audio[index].bfloat16()
             states[f"audio_{name}_mask"] = mask[index]
         return {name: value.contiguous().cpu() for name, value in states.items()}
+
+
+def describe(record: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """What is stored of a cut: the manifest's record and the facts, where they differ the facts.
+
+    A clip's further cuts (`offsets`) lie elsewhere than the record's own: the end moves along, and
+    its marks, of which no others are known, are left out.
+    """
+    told = record | dataclasses.asdict(facts)
+    begin, end = record.get("t0"), record.get("t1")
+    if begin not in (None, facts.t0):
+        told.pop("marks", None)
+        if end is not None:
+            told["t1"] = facts.t0 + (end - begin)
+    return told
 
 
 def build_metadata(encoders: Encoders, spec: CutSpec) -> Metadata:
