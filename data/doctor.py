@@ -27,10 +27,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from data.arguments import add_cut_flags, amount, positive
 from data.card import build_card, write_card
 from data.decode import CutSpec, read_cut
 from data.filters import Print, build_print, find_near_duplicates
-from data.manifest import check_lengths, read_captions, read_manifest, read_records
+from data.manifest import (
+    check_lengths,
+    find_lacking,
+    read_captions,
+    read_manifest,
+    read_records,
+)
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -75,12 +82,17 @@ def load(source: Path, captions: Path | None) -> Listing:
     The ledger that the importer wrote beside the manifest comes along. Captions are asked for
     only where their file is given.
     """
+    texts = None if captions is None else read_captions(captions)
     if source.is_dir():
-        return list_folder(source)
-    if captions is None:
+        found = list_folder(source)
+        lacking = [find_lacking(record, texts) if texts else None for record in found.records]
+        pairs = list(zip(found.records, lacking, strict=True))
+        return Listing([record for record, fault in pairs if fault is None],
+                       [reject(record, *fault) for record, fault in pairs if fault is not None])
+    if texts is None:
         records, faults = read_records(source, "train")
     else:
-        records, faults = read_manifest(source, "train", read_captions(captions))
+        records, faults = read_manifest(source, "train", texts)
     rejects = [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line} for f in faults]
     for record in records:
         record["path"] = str(source.parent / record["path"])
@@ -209,30 +221,24 @@ def _span(seconds: float) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    spec = CutSpec()
     parser = argparse.ArgumentParser(
         "data.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a folder of clips or a manifest")
     parser.add_argument("--captions", type=Path, help="clips without both are rejected")
-    for name in SETTINGS:
-        default = getattr(spec, name)
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    add_cut_flags(parser, SETTINGS)
     parser.add_argument("--keep-silent", action="store_true", help="as in data.prepare")
     parser.add_argument("--near-duplicates", action="store_true",
                         help="reject what looks and sounds like an earlier clip")
-    parser.add_argument("--sample", type=int, help="look at so many clips only")
+    parser.add_argument("--sample", type=positive, help="look at so many clips only")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--encode-seconds", type=float, help="per clip on your GPU, if measured")
-    parser.add_argument("--text-rows", type=int, default=TEXT_ROWS, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--gpus", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--encode-seconds", type=amount, help="per clip on your GPU, if measured")
+    parser.add_argument("--text-rows", type=positive, default=TEXT_ROWS,
+                        help="default: %(default)s")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help="manifest of what stays; see above")
     args = parser.parse_args(arguments)
-    for name in ("sample", "gpus", "frames", "fps", "height", "width", "text_rows"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     if args.sample and (args.out or args.near_duplicates):
         parser.error("--sample sees only some clips; leave it out for --out or --near-duplicates")
     return args

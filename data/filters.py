@@ -34,8 +34,8 @@ class Twin(NamedTuple):
 def find_duplicates(records: list[Record], mode: Duplicates) -> list[Twin]:
     """Clips of one recording that are the same again.
 
-    exact: same recording and start (same file and cut where the recording is unknown); overlap:
-    also windows of one recording that overlap in time; id: every further clip of a recording.
+    exact: same recording, start and piece (same file and cut where the recording is unknown);
+    overlap: also windows of one recording that overlap in time; id: every further clip of it.
     """
     twins, groups = [], collections.defaultdict(list)
     for index, record in enumerate(records):
@@ -76,7 +76,10 @@ def _same(first: Record, later: Record, mode: Duplicates) -> bool:
     (begin, end), (other_begin, other_end) = _window(first), _window(later)
     if mode == "overlap":
         return min(end, other_end) - max(begin, other_begin) > 0.1  # encoders add some frames
-    return begin == other_begin
+    if begin != other_begin:
+        return False
+    same_piece = first.get("origin_part") == later.get("origin_part")
+    return same_piece or first.get("sha256", first["path"]) == later.get("sha256")
 
 
 class Print(NamedTuple):

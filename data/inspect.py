@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.arguments import non_negative, positive
 from data.contact_sheet import draw_contact_sheet, write_contact_sheet
 from data.index import read_index
 from data.mux import write_clip
@@ -230,8 +231,9 @@ def main(arguments: list[str]) -> int:
         "data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("root", type=Path)
-    parser.add_argument("--samples", type=int, default=1000, help="per split; default: %(default)s")
-    parser.add_argument("--decode", type=int, default=0, metavar="N")
+    parser.add_argument("--samples", type=positive, default=1000,
+                        help="per split; default: %(default)s")
+    parser.add_argument("--decode", type=non_negative, default=0, metavar="N")
     parser.add_argument("--wan", help="folder or hub id; default: the one that encoded the clips")
     parser.add_argument("--tangoflux", help="folder or hub id; default: as above")
     parser.add_argument("--to", type=Path, help="folder for what is decoded; default: ROOT.inspect")

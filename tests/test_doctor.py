@@ -115,6 +115,12 @@ def test_captions_are_asked_for_where_their_file_is_given(clips, tmp_path, capsy
     said = run(capsys, manifest, *FAST, "--captions", captions, "--out", tmp_path / "o.jsonl")
     assert "usable   1 of 1" in said and "1 no_caption" in said
     assert lines(tmp_path / "o.jsonl")["one"]["video_caption"] == "v"
+    captions.write_text(captions.read_text().replace("one", "one.mp4"))
+    said = run(capsys, clips, *FAST, "--captions", captions, "--out", tmp_path / "f.jsonl")
+    assert "usable   1 of 1" in said and "no_caption" in said
+    assert list(lines(tmp_path / "f.jsonl")) == ["one.mp4"]
+    gone = tmp_path / "gone.csv"
+    assert f"captions={gone}" in run(capsys, clips, *FAST, "--captions", gone, expect=1)
 
 
 def test_errors_are_one_line(clips, tmp_path, capsys):
@@ -131,8 +137,11 @@ def test_errors_are_one_line(clips, tmp_path, capsys):
     shutil.rmtree(empty)
     with pytest.raises(SystemExit):
         main([str(clips), "--sample", "2", "--out", str(out)])
-    with pytest.raises(SystemExit):
-        main([str(clips), "--gpus", "0"])
+    for flag, value in (("gpus", "0"), ("fps", "nan"), ("fps", "inf"), ("frames", "-1"),
+                        ("silence-dbfs", "nan"), ("encode-seconds", "0"), ("workers", "0")):
+        with pytest.raises(SystemExit):
+            main([str(clips), f"--{flag}", value])
+        assert f"argument --{flag}: {value}: must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("frames", [49, 121])

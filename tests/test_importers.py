@@ -104,6 +104,17 @@ def test_clips_of_one_name_in_several_folders_all_stay(tmp_path):
     assert set(records) == {"avsync15_fire/x.mp4", "avsync15_thunder/x.mp4"}
 
 
+def test_pieces_of_a_recording_are_no_duplicates(tmp_path):
+    root, out = tmp_path / "Landscapes", tmp_path / "l.jsonl"
+    for index in range(2):
+        take(root / f"train/fire/AbCdEfGhI-k_12_{index}.mp4", 3 + index)
+    place(root / "train/fire/AbCdEfGhI-k_12_0.mp4", root / "train/fire/AbCdEfGhI-k_12_9.mp4")
+    records, rejects = run("landscape", root, out=out)
+    assert {name: r["origin_part"] for name, r in records.items()} == {
+        "landscape_AbCdEfGhI-k_12_0": "_0", "landscape_AbCdEfGhI-k_12_1": "_1"}
+    assert reasons(rejects) == {"landscape_AbCdEfGhI-k_12_9": "duplicate"}
+
+
 def test_no_id_is_written_twice(tmp_path):
     records = [{"id": "x", "path": str(tmp_path / name)} for name in ("a.mp4", "b.mp4")]
     with pytest.raises(DataError, match=r"id='x': .*a\.mp4 and .*b\.mp4"):
@@ -176,6 +187,31 @@ def test_playground_keeps_its_impacts_as_marks(tmp_path):
         assert [mark[0] for mark in record["marks"]] == pytest.approx(inside, abs=1e-6)
         assert not inside or record["subset"] == "tight"
         assert (tmp_path / record["path"]).is_file() and record["video_caption"]
+
+
+def test_a_damaged_playground_is_one_line(tmp_path, capsys):
+    root = tmp_path / "world"
+    write_clips(root, clips=2, validation=0, seed=0)
+    lines = (root / "manifest.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    del first["class"]
+    (root / "manifest.jsonl").write_text(f"{json.dumps(first)}\n{lines[1]}\n")
+    records, _ = run("playground", root, out=tmp_path / "p.jsonl", options=("--frames", 25))
+    assert records[first["id"]]["subset"] == ""
+    truth = (root / "events.jsonl").read_text().splitlines()
+    for damaged in (truth[1][:-9], "[]", '{"id": "x", "material": 1, "events": [{}]}'):
+        (root / "events.jsonl").write_text(f"{truth[0]}\n{damaged}\n")
+        assert "events.jsonl: line 2 is damaged" in error_of(capsys, "playground", root)
+
+
+def test_a_list_names_nothing_outside_its_set(tmp_path, ten):
+    root = tmp_path / "AVSync15"
+    place(ten, root / "videos/a/x.mp4", tmp_path / "y.mp4")
+    (root / "train.txt").write_text(f"a/x.mp4\n{tmp_path}/y.mp4\n../../y.mp4\n")
+    (root / "test.txt").write_text("")
+    records, rejects = run("avsync15", root, out=tmp_path / "m.jsonl")
+    assert list(records) == ["avsync15_x"]
+    assert reasons(rejects) == {"avsync15_y": "invalid_record"}
 
 
 def broken_lists(root: Path, ten: Path) -> str:

@@ -200,6 +200,10 @@ def test_data_of_the_tests_themselves_can_be_inspected(tmp_path, capsys):
     assert inspect([str(root)]) == 0 and verify([str(root)]) == 0
     assert inspect([str(root), "--decode", "1"]) == 1
     assert "--decode needs --wan and --tangoflux" in capsys.readouterr().err
+    for flag in ("--decode", "--samples"):
+        with pytest.raises(SystemExit):
+            inspect([str(root), flag, "-1"])
+        assert f"argument {flag}: -1: must be" in capsys.readouterr().err
     assert inspect([str(root)]) == 0
     assert "train" in capsys.readouterr().out
 

@@ -112,6 +112,28 @@ def test_flags_without_a_use_are_refused(tmp_path, capsys, flag):
         main(["check", "m.jsonl", "--keep-out", "o.jsonl"])
 
 
+@pytest.mark.parametrize("flag", [
+    ("--frames", "0"), ("--frames", "-5"), ("--fps", "0"), ("--fps", "nan"), ("--fps", "inf"),
+    ("--workers", "0"), ("--held-out", "-3")])
+def test_numbers_that_cannot_be_are_refused(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        main(["folder", str(tmp_path), *flag])
+    assert stop.value.code == 2
+    assert f"argument {flag[0]}: {flag[1]}: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", [
+    {"t1": 10**400}, {"t1": "2"}, {"t0": True}, {"origin": ["tube"]}, {"source": []},
+    {"class": 1}, {"sha256": {}}, {"origin_start": float("nan")}])
+def test_a_field_of_another_kind_is_a_fault(tmp_path, odd):
+    good = {"id": "a", "path": "x", "split": "train"}
+    path = manifest_of(tmp_path / "m.jsonl", good, good | {"id": "b"} | odd)
+    records, [fault] = read_records(path, "train")
+    assert [record["id"] for record in records] == ["a"]
+    assert (fault.clip_id, fault.reason) == ("b", "invalid_record")
+    assert fault.detail.startswith(f"{next(iter(odd))}=") and len(fault.detail) < 120
+
+
 def test_check_says_what_it_cannot_judge(tmp_path, capsys):
     good = {"id": "a", "path": "x", "origin": "tube"}
     whole = manifest_of(tmp_path / "whole.jsonl", good, {"id": "b", "path": "x", "origin": ""})

@@ -72,7 +72,7 @@ def manifest(tmp_path_factory):
         json.dumps(record("far", t0=10**400)),
         json.dumps(record("half_emoji", video_caption="a ball \ud83d")),
         json.dumps(record("half_path", path="clips/\ud83d.mp4")),
-        json.dumps(record("half_class", **{"class": ["tight", {"why": "\ud83d"}]})),
+        json.dumps(record("half_tags", tags=["tight", {"why": "\ud83d"}])),
         json.dumps(record("half_id\ud83d")),
         json.dumps(record("zero", path="clips/a\0.mp4")),
         "[" * 100_000,
@@ -109,14 +109,14 @@ def test_nothing_disappears(prepared):
         "far": "invalid_record",
         "half_emoji": "invalid_record",
         "half_path": "invalid_record",
-        "half_class": "invalid_record",
+        "half_tags": "invalid_record",
         "half_id?": "invalid_record",
         "zero": "invalid_record",
         "line 25": "invalid_record",
     }
     details = {r["id"]: r["detail"] for r in rejects}
     assert "key 'video_caption' holds a lone surrogate" in details["half_emoji"]
-    assert "key 'class' holds a lone surrogate" in details["half_class"]
+    assert "key 'tags' holds a lone surrogate" in details["half_tags"]
     assert details["nan"] == "t0=nan: must be a finite number of seconds"
     assert all(r["detail"] for r in rejects)
     metadata = load_metadata(prepared)
@@ -215,7 +215,10 @@ def test_bad_input_is_one_clear_line(tmp_path, manifest, weights, prepared, caps
     assert "frames=48" in line and "4k+1" in line and "45 or 49" in line
     line = run_main(capsys, manifest, out, *towers, "--frames", 9, "--height", 40)
     assert "height=40" in line and "multiple of 32" in line
-    assert "fps=0" in run_main(capsys, manifest, out, *towers, "--fps", 0)
+    for flag, value in (("--fps", 0), ("--fps", "nan"), ("--decoders", 0), ("--worker", -1)):
+        with pytest.raises(SystemExit):
+            run_main(capsys, manifest, out, *towers, flag, value)
+        assert f"argument {flag}: {value}: must be" in capsys.readouterr().err
     longer = tmp_path / "longer.jsonl"
     longer.write_text(json.dumps(record("x", t0=0.0, t1=2.0)) + "\n")
     line = run_main(capsys, longer, out, *towers, "--frames", 9, "--fps", 24)

@@ -28,6 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.arguments import amount, non_negative, positive
 from data.filters import find_duplicates
 from data.manifest.captions import read_captions
 from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
@@ -184,13 +185,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="folder of the set; manifests for alt_merge and check")
     parser.add_argument("--out", type=Path, help="manifest to write; ROOT/manifest.jsonl")
     parser.add_argument("--captions", type=Path, help="JSONL or CSV: id, video_caption, ...")
-    parser.add_argument("--frames", type=int, help="of a cut: 49, VGGSound 121")
-    parser.add_argument("--fps", type=float, default=24.0, help="default: %(default)s")
+    parser.add_argument("--frames", type=positive, help="of a cut: 49, VGGSound 121")
+    parser.add_argument("--fps", type=amount, default=24.0, help="default: %(default)s")
     parser.add_argument("--cut", choices=("centre", "marks"), help="see above")
     parser.add_argument("--duplicates", choices=("exact", "overlap", "id"),
                         help="what goes: same start (default), overlapping windows of a recording "
                         "(VGGSound's default), all but one clip of a recording")
-    parser.add_argument("--held-out", type=int, nargs="+", metavar="N",
+    parser.add_argument("--held-out", type=non_negative, nargs="+", metavar="N",
                         help="clips to hold out: VGGSound 138 554 39 (AV-Tight, AV-Loose, neither) "
                         "or one number, alt_merge 120 80 100, else what the set's own lists say")
     parser.add_argument("--official-test", choices=("train", "test"), default="train",
@@ -204,7 +205,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="The Greatest Hits' file of a take; default: %(default)s")
     parser.add_argument("--table", type=Path, help="VGGSound's csv; ROOT/vggsound.csv")
     parser.add_argument("--seed", type=int, default=0, help="of every draw; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
     args = parser.parse_args(arguments)
     for name, users in USED_BY.items():
         if args.set not in users and getattr(args, name) != parser.get_default(name):
@@ -217,9 +218,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.leaks == "keep" and args.keep_out:
         parser.error("--leaks keep and --keep-out contradict each other; leave one out")
     counts = {"alt_merge": (3,), "vggsound": (1, 3)}.get(args.set, (1,))
-    if args.held_out and (len(args.held_out) not in counts or min(args.held_out) < 0):
+    if args.held_out and len(args.held_out) not in counts:
         parser.error(f"--held-out {args.held_out}: {' or '.join(map(str, counts))} numbers for "
-                     f"{args.set}, 0 or above")
+                     f"{args.set}")
     if args.set == "alt_merge" and args.out is None:
         parser.error("alt_merge needs --out")
     return args

@@ -11,6 +11,9 @@ from data.manifest.captions import CAPTIONS, check_text
 from data.schema import DataError
 
 REQUIRED = ("id", "path", "split")
+# Not needed, but of these kinds where they are given.
+SECONDS = ("t0", "t1", "origin_start")
+TEXTS = ("source", "class", "subset", "origin", "origin_part", "sha256")
 LONGEST = 1e9  # seconds; beyond it t0 is a mistake, and an integer may not even fit a float
 
 
@@ -41,20 +44,27 @@ def read_manifest(
     found, faults, lines = _read(path, default_split)
     records = []
     for record, number in zip(found, lines, strict=True):
-        if captions is not None:
-            record |= captions.get(record["id"], {})
-        missing = next((k for k in CAPTIONS if not isinstance(record.get(k), str)), None)
-        if missing is None:
+        lacking = find_lacking(record, captions)
+        if lacking is None:
             records.append(record)
-        elif captions is None:
-            detail = f"key '{missing}' is missing or no string"
-            faults.append(Fault(record["id"], "invalid_record", detail, number))
         else:
-            detail = f"no '{missing}', neither in the manifest nor in the captions file"
-            if missing == "audio_caption":
-                detail += '; a clip without sound takes "" (in JSONL)'
-            faults.append(Fault(record["id"], "no_caption", detail, number))
+            faults.append(Fault(record["id"], *lacking, number))
     return records, sorted(faults, key=lambda fault: fault.line)
+
+
+def find_lacking(record: dict[str, Any], captions: Captions | None) -> tuple[str, str] | None:
+    """Joins the record with its captions; (reason, detail) if it then lacks one."""
+    if captions is not None:
+        record |= captions.get(record["id"], {})
+    missing = next((k for k in CAPTIONS if not isinstance(record.get(k), str)), None)
+    if missing is None:
+        return None
+    if captions is None:
+        return "invalid_record", f"key '{missing}' is missing or no string"
+    detail = f"no '{missing}', neither in the manifest nor in the captions file"
+    if missing == "audio_caption":
+        detail += '; a clip without sound takes "" (in JSONL)'
+    return "no_caption", detail
 
 
 def read_records(path: Path, default_split: str) -> tuple[list[dict[str, Any]], list[Fault]]:
@@ -125,15 +135,24 @@ def _parse(line: str, default_split: str) -> dict[str, Any]:
         raise ValueError("key 'id' or 'path' is empty")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", record["split"]):
         raise ValueError(f"split={record['split']!r}: letters, digits, '-' and '_' only")
-    t0 = record.get("t0")
-    if t0 is not None and (isinstance(t0, bool) or not isinstance(t0, int | float)):
-        raise ValueError(f"t0={t0!r}: must be a number of seconds")
-    if t0 is not None and not abs(t0) < LONGEST:  # JSON parses NaN, Infinity and any integer
-        raise ValueError(f"t0={t0!s:.40}: must be a finite number of seconds")
+    for key in SECONDS:
+        _check_seconds(key, record.get(key))
+    for key in TEXTS:
+        if not isinstance(record.get(key, ""), str):
+            raise ValueError(f"{key}={str(record[key]):.40}: must be a string")
     if "\0" in record["path"]:
         raise ValueError("key 'path' holds a zero byte: no file name can")
     check_text(record)
     return record
+
+
+def _check_seconds(key: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key}={value!r}: must be a number of seconds")
+    if not abs(value) < LONGEST:  # JSON parses NaN, Infinity and any integer
+        raise ValueError(f"{key}={value!s:.40}: must be a finite number of seconds")
 
 
 def _id_in(line: str, number: int) -> str:

@@ -3,7 +3,8 @@
 Layouts are those of the downloads (AVSync15 and the lists: lzhangbj/ASVA; Landscape: the copy by
 researchmm/MM-Diffusion). What is listed and absent, or present and not listed, goes to the ledger.
 `origin` is the recording a clip is cut from (a YouTube id, "" where the name does not say) and
-`origin_start` where in it the file begins: what duplicates and leaks are found by. The id is the
+`origin_start` where in it the file begins: what duplicates and leaks are found by; `origin_part`
+is the rest of a name whose pieces start nowhere known (`<id>_<first s>_<piece>`). The id is the
 file's name, or its path where several folders hold a file of that name.
 """
 
@@ -21,7 +22,7 @@ from data.schema import DataError
 SPLITS = {"train": "train", "test": "validation"}  # the sets' own names -> ours
 # <id>_<first s>_<last s>_<from>_<to>: VGGSound's ten seconds and the part of them that was kept.
 AVSYNC15 = re.compile(r"(?P<id>.{11})_(?P<first>\d{6})_\d{6}_(?P<part>\d+(\.\d+)?)_\d+(\.\d+)?")
-YOUTUBE = re.compile(r"(?P<id>[\w-]{11})_(?P<first>\d{1,6})(_.*)?")
+YOUTUBE = re.compile(r"(?P<id>[\w-]{11})_(?P<first>\d{1,6})(?P<part>_.*)?")
 
 
 def list_avsync15(root: Path) -> Listing:
@@ -72,12 +73,19 @@ def list_playground(root: Path) -> Listing:
     path = root / "events.jsonl"
     if not path.is_file():
         raise DataError(f"root={root}: no events.jsonl; write it with `python -m data.playground`")
-    truth = {t["id"]: t for t in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    marks_of: dict[str, list] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            truth = json.loads(line)
+            marks_of[truth["id"]] = [[float(event["time"]), truth["material"], "impact"]
+                                     for event in truth["events"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: line {number} is damaged ({error!r}); write the clips again "
+                            "with `python -m data.playground`") from error
     records = []
     for record in found:
-        facts = truth.get(record["id"], {"events": [], "material": ""})
-        marks = [[event["time"], facts["material"], "impact"] for event in facts["events"]]
-        record |= {"subset": record["class"], "origin": record["id"], "origin_start": 0.0}
+        marks = marks_of.get(record["id"], [])
+        record |= {"subset": record.get("class", ""), "origin": record["id"], "origin_start": 0.0}
         records.append(record | {"path": str(root / record["path"]), "marks": marks})
     rejects = [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line} for f in faults]
     return Listing(records, rejects)
@@ -90,6 +98,10 @@ def _by_lists(root: Path, parts: dict[str, Path], source: str, subset: str) -> L
     for split in parts:
         for number, name, t0 in _read_list(root / f"{split}.txt"):
             where = f"{split}.txt line {number}"
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                line = {"id": f"{source}_{Path(name).stem}", "path": name}
+                done.rejects.append(reject(line, "invalid_record", f"{where}: outside the set"))
+                continue
             record = _clip(parts, source, subset, words, split, name, t0)
             path = Path(record["path"])
             first = seen.setdefault(path, where)
@@ -166,7 +178,7 @@ def _clip(
     """The candidate for the clip `name` below the folder of `split`."""
     path = parts[split] / name
     folder = path.parent.relative_to(parts[split]).as_posix()
-    origin, start = parse_origin(path.stem)
+    origin, start, part = parse_origin(path.stem)
     record: dict[str, Any] = {
         "id": f"{source}_{path.stem}",
         "source": source,
@@ -177,13 +189,18 @@ def _clip(
         "origin": origin,
         "origin_start": start,
     }
+    if part:
+        record["origin_part"] = part
     return record if t0 is None else record | {"t0": t0}
 
 
-def parse_origin(stem: str) -> tuple[str, float]:
-    """(YouTube id, second of it where the file begins); ("", 0) if the name does not say."""
+def parse_origin(stem: str) -> tuple[str, float, str]:
+    """(YouTube id, second of it where the file begins, what else names the piece).
+
+    ("", 0, "") if the name does not say.
+    """
     if found := AVSYNC15.fullmatch(stem):
-        return found["id"], int(found["first"]) + float(found["part"])
+        return found["id"], int(found["first"]) + float(found["part"]), ""
     if found := YOUTUBE.fullmatch(stem):
-        return found["id"], float(found["first"])
-    return "", 0.0
+        return found["id"], float(found["first"]), found["part"] or ""
+    return "", 0.0, ""

@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from data.arguments import non_negative, positive
 from data.mux import write_clip
 from data.playground import FPS, Clip, make_clip
 from data.playground.sound import SAMPLE_RATE
@@ -50,12 +51,11 @@ def write_clips(out: Path, clips: int, validation: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.playground", description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--clips", type=int, default=60, help="training clips")
-    parser.add_argument("--validation", type=int, default=0, help="held-out clips after them")
+    parser.add_argument("--clips", type=positive, default=60, help="training clips")
+    parser.add_argument("--validation", type=non_negative, default=0,
+                        help="held-out clips after them")
     parser.add_argument("--seed", type=int, default=0, help="which world")
     args = parser.parse_args()
-    if args.clips < 1 or args.validation < 0:
-        parser.error(f"--clips {args.clips} --validation {args.validation}: need >= 1 and >= 0")
     write_clips(args.out, args.clips, args.validation, args.seed)
     print(f"{args.clips} + {args.validation} clips in {args.out / 'manifest.jsonl'}")
 

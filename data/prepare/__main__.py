@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from data.arguments import add_cut_flags, non_negative, positive
 from data.cut import CutSpec
 from data.manifest import check_lengths, read_captions, read_manifest
 from data.manifest.records import read_ledger
@@ -72,7 +73,6 @@ def place(
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    spec = CutSpec()
     parser = argparse.ArgumentParser(
         "data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,20 +80,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--wan", help="Wan2.2 diffusers folder or hub id")
     parser.add_argument("--tangoflux", help="TangoFlux folder or hub id")
-    for name in SPEC_FLAGS:
-        default = getattr(spec, name)
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(default), default=default, help="default: %(default)s")
+    add_cut_flags(parser, SPEC_FLAGS)
     parser.add_argument("--keep-silent", action="store_true",
                         help="keep clips without sound, marked; the loss hears nothing of them")
     parser.add_argument("--captions", type=Path, help="JSONL or CSV, joined by id")
-    parser.add_argument("--video-text-length", type=int, default=VIDEO_TEXT_LENGTH)
+    parser.add_argument("--video-text-length", type=positive, default=VIDEO_TEXT_LENGTH)
     parser.add_argument("--split", default="train", help="of records that name none")
     parser.add_argument("--device", default=_device())
-    parser.add_argument("--worker", type=int, help="which of --workers this is, from 0")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--decoders", type=int, default=2, help="threads; default: %(default)s")
-    parser.add_argument("--clips-per-shard", type=int, default=0, help="default: 64 MB a shard")
+    parser.add_argument("--worker", type=non_negative, help="which of --workers this is, from 0")
+    parser.add_argument("--workers", type=positive)
+    parser.add_argument("--decoders", type=positive, default=2,
+                        help="threads; default: %(default)s")
+    parser.add_argument("--clips-per-shard", type=non_negative, default=0,
+                        help="default: 64 MB a shard")
     parser.add_argument("--merge", action="store_true", help="only the last step, no weights")
     parser.add_argument("--status", action="store_true", help="only say how far all workers are")
     args = parser.parse_args(arguments)

@@ -116,8 +116,6 @@ def build_metadata(encoders: Encoders, spec: CutSpec) -> Metadata:
     """What dataset.json will say, counts still open; DataError if the geometry cannot be."""
     vae, audio_vae = encoders.video_vae, encoders.audio_vae
     stride, multiple = vae.temporal_stride, vae.spatial_stride * DIT_PATCH
-    if spec.fps <= 0:
-        raise DataError(f"fps={spec.fps:g}: must be above 0; the backbones were trained at 24")
     if spec.frames % stride != 1:
         below = nearest_frame_count(spec.frames, stride)
         raise DataError(
