@@ -28,8 +28,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Two test files side by side; a file stays in one process, which trains once for all its tests.
+# The order is that of tests/conftest.py: a long file that began last would leave a core idle.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not slurm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "not faults and not slurm"
 
 # Killed, hung, starved and signalled training; at most 25 minutes on 2 cores.
 test-faults: $(STAMP)

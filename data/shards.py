@@ -9,6 +9,7 @@ one process.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from streaming import StreamingDataset
+from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
@@ -243,6 +245,25 @@ class ShardDataset(StreamingDataset):
         if future.exception() is not None:
             self.failure = future.exception()
             self._event.set()
+
+    def _ready_thread(self, it: Any) -> None:
+        """As the parent, which waits for ever for a shard that is evicted while it does not look.
+
+        With a `cache_limit` one thread fetches ahead and so evicts what this one still waits for.
+        """
+        while not (it.should_exit() or it.ready_index == it.total or self._event.is_set()):
+            ahead = it.ready_index - it.yield_index
+            sample_id = it.sample_ids[it.ready_index]
+            shard_id = int(self.spanner[sample_id][0]) if sample_id != -1 else None
+            if self.predownload is not None and ahead > self.predownload:
+                time.sleep(TICK)
+            elif shard_id is None or self._shard_states[shard_id] == _ShardState.LOCAL:
+                it.ready_index += 1
+            elif self._shard_states[shard_id] == _ShardState.REMOTE:
+                self.prepare_shard(shard_id, blocking=False)
+            else:  # another thread or process prepares it
+                time.sleep(TICK)
+        it.on_exit()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         yield from super()._each_sample_id(it)

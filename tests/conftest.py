@@ -6,13 +6,15 @@ One thread per process: the tensors are tiny, and OpenMP threads that wait for a
 streaming frees its shared memory when the process ends; here that is after hundreds of data sets.
 """
 
+import collections
 import contextlib
-import gc
 import os
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.memory import released_shared_memory
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -21,23 +23,13 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def released_shared_memory():
+def shared_memory():
     """What a test file's data sets held open is closed at its end."""
-    if "streaming" not in sys.modules:  # seconds to import
+    with released_shared_memory() if "streaming" in sys.modules else contextlib.nullcontext():
         yield
-        return
-    from streaming.base.shared.memory import SharedMemory
 
-    held, build = [], SharedMemory.__init__
 
-    def build_and_remember(memory, *arguments, **more):
-        build(memory, *arguments, **more)
-        held.append(memory)
-
-    SharedMemory.__init__ = build_and_remember
-    yield
-    SharedMemory.__init__ = build
-    gc.collect()
-    for memory in held:
-        with contextlib.suppress(BufferError):  # a data set of a longer-lived fixture reads it
-            memory.cleanup()
+def pytest_collection_modifyitems(items):
+    """Files that run whole processes come first, those with most of them before."""
+    whole = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -whole[item.path])  # stable: files stay together

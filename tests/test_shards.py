@@ -5,9 +5,14 @@ x {bad, missing, truncated} shard x {0, 2} workers x {1, 2} ranks x {stop, subst
 
 import json
 import shutil
+import time
 from dataclasses import replace
+from threading import Event, Thread
 
+import numpy as np
 import pytest
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
 
 from data.dataset import HeldOut, build_loader
 from data.schema import DataError
@@ -195,6 +200,24 @@ def test_cache_limit_evicts_copies_and_never_the_data(tmp_path, monkeypatch):
     assert got == [ids for _, ids, _, _ in plain["batches"]]
     assert len(evicted) > len(shards)  # so that some were fetched again
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_shard_evicted_before_it_was_seen_is_fetched_again(tmp_path):
+    """Between two looks of the thread that waits for it; the one that fetches is far ahead."""
+    root = write_shards(tmp_path / "data", 60, 2)
+    config = DataConfig(str(root), cache_dir=str(tmp_path / "cache"))
+    dataset = ShardDataset(config, open_streams(config), "train", 4, 1)
+    shard = int(dataset.spanner[0][0])
+    walk, dataset._event = _Iterator(np.array([0, -1, 1])), Event()  # as __iter__ makes them
+    dataset._shard_states[shard] = _ShardState.PREPARING
+    waiting = Thread(target=dataset._ready_thread, args=(walk,), daemon=True)
+    waiting.start()
+    time.sleep(10 * TICK)
+    assert walk.ready_index == 0
+    dataset._shard_states[shard] = _ShardState.REMOTE  # as _evict_shard leaves it
+    waiting.join(timeout=20)
+    assert not waiting.is_alive() and walk.ready_index == walk.total
+    assert dataset._shard_states[shard] == _ShardState.LOCAL
 
 
 @pytest.mark.parametrize(("limit", "message"), [("lots", "a size like 200gb"), ("1kb", "1024")])
