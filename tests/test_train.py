@@ -4,6 +4,7 @@ The shards are random latents in the real schema and the backbones are tiny and 
 released layouts; everything else is the real thing, in real processes.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
+from data.schema import load_metadata, save_metadata
 from tests.launch import ROOT, records, run, torchrun
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
@@ -247,6 +249,17 @@ def test_bad_input_is_one_line_and_78(world, capsys, overrides, message):
     assert status == 78
     assert error.startswith("error: ") and "\n" not in error
     assert message in error
+
+
+@pytest.mark.parametrize(("name", "folder"), [("video_vae", "wan"), ("audio_vae", "tangoflux")])
+def test_data_of_other_encoders_are_refused(world, tmp_path, capsys, name, folder):
+    root = write_shards(tmp_path / "shards", train=8, validation=1)
+    metadata = dataclasses.replace(load_metadata(root), fingerprints={name: "0" * 64})
+    save_metadata(root, metadata)
+    assert train.main([f"{world}/run.yaml", f"data.root={root}"]) == 78
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert f"error: data.root={root}: fingerprints.{name}=000000000000, but {folder}=" in error
 
 
 def test_no_arguments_prints_the_usage(capsys):
