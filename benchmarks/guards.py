@@ -1,6 +1,6 @@
 """What all guards cost per step: the same engine, with and without them, in alternating blocks.
 
-    python -m benchmarks.guards [--width tiny|real] [--pairs N]        # one rank
+    python -m benchmarks.guards [--width tiny|playground|real] [--pairs N]        # one rank
     torchrun --nproc-per-node=2 -m benchmarks.guards ...               # with the all-reduce
 
 "With" is train.py's own step and loop calls: screened losses, the all-reduce of losses and votes
@@ -29,6 +29,7 @@ from model.audio_blocks import AudioDiTConfig
 from model.flow import FlowConfig
 from model.objective import Objective
 from model.video_dit import VideoDiTConfig
+from tools.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
 from training.distributed import resolve_world, shutdown, start, sum_over_ranks
 from training.ds_config import complete_ds_config
@@ -86,32 +87,37 @@ class Sums:
 
 
 def build(width: str, world: Any) -> tuple[Any, Batch]:
-    """An engine and one rank's batch, random, of tiny towers or of Wan's width with one block.
+    """An engine and one rank's batch, random.
 
-    Its FFN is a fifth of Wan's: what fits into 6 GB with AdamW, so that the overhead is not
-    flattered by a longer step.
+    tiny: the tests' towers, one sample. playground: the shipped towers and micro-batch, as in
+    `make quickstart`. real: Wan's width with one block, one sample; its FFN is a fifth of Wan's:
+    what fits into 6 GB with AdamW, so that the overhead is not flattered by a longer step.
     """
     torch.manual_seed(0)
     if width == "tiny":
         config = AVFullDiTConfig(task="t2av", video=TINY_VIDEO, audio=TINY_AUDIO,
                                  num_joint_blocks=2, **RATES)
-        latents, rows, text = (48, 3, 4, 4), 16, 32
+        latents, sound, rows, text = (48, 3, 4, 4), (12, 6), 16, (32, 32)
+    elif width == "playground":
+        config = AVFullDiTConfig(task="t2av", video=VIDEO, audio=AUDIO, num_joint_blocks=4, **RATES)
+        latents, sound, rows, text = (VIDEO.in_channels, 13, 4, 6), (64, 16), 64, (96, 64)
     else:
         video = dataclasses.replace(VideoDiTConfig(), num_layers=1, ffn_dim=3072)
         config = AVFullDiTConfig(task="t2v", video=video, audio=None, num_joint_blocks=1, **RATES)
-        latents, rows, text = (48, 2, 8, 8), 64, 4096
-    engine_config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": width != "tiny"},
+        latents, sound, rows, text = (48, 2, 8, 8), (12, 6), 64, (4096, 4096)
+    size = 4 if width == "playground" else 1
+    engine_config = {"train_micro_batch_size_per_gpu": size, "bf16": {"enabled": width == "real"},
                      "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000,
                                            "allgather_bucket_size": 50_000_000}}
-    completed = complete_ds_config(engine_config, world.world_size, 1.0, world.world_size)
+    completed = complete_ds_config(engine_config, size * world.world_size, 1.0, world.world_size)
     model = ds.build_sharded(lambda: AVFullDiT(config), completed)
     engine, _ = ds.build_engine(model, set(), ds.OptimizerConfig(), completed)
-    sound = (12, 6)
     return engine, Batch(
-        torch.randn(1, *latents), torch.randn(1, *sound), torch.rand(1, *sound),
-        torch.ones(1, dtype=torch.bool), torch.ones(1), torch.randn(1, rows, text).bfloat16(),
-        torch.randn(1, 64, text).bfloat16(), torch.ones(1, 64, dtype=torch.bool),
-        torch.full((1,), 2.0), [f"sample {world.rank}"],
+        torch.randn(size, *latents), torch.randn(size, *sound), torch.rand(size, *sound),
+        torch.ones(size, dtype=torch.bool), torch.ones(size),
+        torch.randn(size, rows, text[0]).bfloat16(), torch.randn(size, 64, text[1]).bfloat16(),
+        torch.ones(size, 64, dtype=torch.bool), torch.full((size,), 2.0),
+        [f"sample {world.rank}-{index}" for index in range(size)],
     )
 
 
@@ -155,14 +161,14 @@ def time_sample_check() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", choices=("tiny", "real"), default="tiny")
+    parser.add_argument("--width", choices=("tiny", "playground", "real"), default="tiny")
     parser.add_argument("--pairs", type=int, default=40, help="of blocks, one with, one without")
     parser.add_argument("--block", type=int, default=10, help="steps")
     arguments = parser.parse_args()
     world = resolve_world(os.environ)
     start(world, 10)
     engine, batch = build(arguments.width, world)
-    objective = Objective("t2av" if arguments.width == "tiny" else "t2v", 0,
+    objective = Objective("t2v" if arguments.width == "real" else "t2av", 0,
                           FlowConfig(caption_dropout=0.0))
     with tempfile.TemporaryDirectory() as folder, Safety(
             {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:
