@@ -57,6 +57,19 @@ def test_greatest_hits_takes_the_window_with_the_most_marks(tmp_path, ten):
     assert "only mic" in rejects["greatest_hits_2015-03-04-00-00-00"]["detail"]
 
 
+def test_greatest_hits_in_linked_folders_and_in_two_sizes(tmp_path, ten):
+    """The set on another disk, its small copy beside it: marks are found, no take is lost."""
+    name, disk, root = "2015-02-16-16-49-06", tmp_path / "disk", tmp_path / "sets"
+    place(ten, disk / f"{name}_denoised.mp4", root / f"vis-data-256/{name}_denoised.mp4")
+    (disk / f"{name}_times.txt").write_text("3.0 metal hit deform\n")
+    (root / "vis-data").symlink_to(disk)
+    records, rejects = run("greatest_hits", root, out=tmp_path / "g.jsonl")
+    [record] = records.values()
+    assert record["path"] == f"disk/{name}_denoised.mp4" and len(record["marks"]) == 1
+    [line] = rejects.values()
+    assert line["reason"] == "duplicate" and "vis-data-256" in line["path"]
+
+
 def test_greatest_hits_ties_are_drawn_by_seed(tmp_path, ten):
     root, tied = greatest_hits(tmp_path, ten), "greatest_hits_2015-02-16-16-49-06-1"
     starts = []

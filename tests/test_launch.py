@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.launch import ROOT, environment
 
 SCRIPTS = sorted((ROOT / "launch").iterdir())
 
@@ -42,6 +42,21 @@ def test_what_a_site_has_to_look_at_is_marked():
 def write_executable(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_the_jobs_of_a_pair_inherit_no_cache_of_the_node_that_submits(tmp_path):
+    """They would build DeepSpeed's op in one folder of a shared disk, all nodes at once."""
+    keys = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR")
+    words = " ".join(f'"{key}=${{{key}-}}"' for key in keys)
+    write_executable(tmp_path / "sbatch", f'#!/bin/sh\necho {words} >>"{tmp_path}/seen"\necho 7\n')
+    clean = {key: value for key, value in environment().items() if key not in keys}
+    for extra in ({}, {"SLURM_JOB_ID": "5", "SLURM_SUBMIT_DIR": str(ROOT)}):
+        done = subprocess.run(
+            ["bash", "launch/pair.sbatch", "configs/alt_merge"], cwd=ROOT, text=True, check=False,
+            env=clean | {"PATH": f"{tmp_path}:{clean['PATH']}"} | extra, capture_output=True)
+        assert done.returncode == 0 and "run directory runs/alt_merge_t2v\n" in done.stdout, done
+    assert set((tmp_path / "seen").read_text().splitlines()) == {
+        " ".join(f"{key}=" for key in keys)}
 
 
 def test_local_starts_one_process_where_there_is_no_gpu(tmp_path):

@@ -87,6 +87,21 @@ def test_alt_merge_wants_its_three_sets(tmp_path):
         hold_out(read_records(manifests[0], "train")[0], 10, 0)
 
 
+def test_alt_merge_keeps_the_ledgers_of_its_sets(tmp_path, capsys):
+    """Or the data card could not say what became of the clips that the sets were given."""
+    manifests = [synthetic(tmp_path, source, 20, 2) for source in ALT_MERGE]
+    for source, reason in (("avsync15", "silent"), ("landscape", "portrait")):
+        line = {"id": f"{source}_gone", "reason": reason, "detail": "so"}
+        manifest_of(tmp_path / f"{source}.rejects.jsonl", line)
+    out = tmp_path / "alt.jsonl"
+    assert main(["alt_merge", *map(str, manifests), "--held-out", "2", "2", "2", "--out",
+                 str(out)]) == 0
+    ledger = map(json.loads, (tmp_path / "alt.rejects.jsonl").read_text().splitlines())
+    assert {line["id"]: line["reason"] for line in ledger if line["reason"] != "leak"} == {
+        "avsync15_gone": "silent", "landscape_gone": "portrait"}
+    assert "portrait 1, silent 1" in capsys.readouterr().out
+
+
 def test_alt_merge_keeps_out_what_others_hold_out(tmp_path, capsys):
     manifests = [str(synthetic(tmp_path, source, 20, 2)) for source in ALT_MERGE]
     other = manifest_of(tmp_path / "v.jsonl", *(

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.launch import ROOT, environment
-from training import preflight
+from training import node_report, preflight
 from training.distributed import World
-from training.node_report import judge, unreachable
+from training.node_report import judge, look, read_code, unfetched, unreachable
 
 GOOD = {"host": "", "problems": [], "versions": {"torch": "2.11"}, "driver": "580", "code": "abc",
         "device": "NVIDIA H200", "clock": 1000.0, "seconds": 0.010, "node_seconds": 0.002}
@@ -45,6 +45,8 @@ def test_the_node_that_differs_is_named(changes, words):
 def test_equal_nodes_are_good():
     assert judge(reports()) == {}
     assert judge(reports(seconds=0.014)) == {}  # within what clocks and heat do
+    alone = {rank: report for rank, report in reports(node_seconds=0.009).items() if rank % 2}
+    assert judge(alone) == {}  # a reduction among one rank sends nothing
 
 
 def test_places_of_a_config_are_looked_at(tmp_path):
@@ -59,6 +61,41 @@ def test_places_of_a_config_are_looked_at(tmp_path):
         f"tangoflux={tmp_path}/none is not reachable"]
     assert unreachable({"run_dir": f"{tmp_path}/other"}) == [
         f"run_dir={tmp_path}/other is not writable, or not the same on all nodes"]
+
+
+@pytest.mark.parametrize("data", [None, "shards", {"streams": None}, {"streams": ["shards", 1]}])
+def test_a_config_of_another_form_is_for_train_to_refuse(tmp_path, data):
+    """Not for the nodes: a report that never came would blame them all."""
+    values = {"run_dir": str(tmp_path), "data": data}
+    assert unreachable(values) == [] == unfetched(values)
+
+
+def test_remote_data_that_a_node_cannot_fetch_is_named(tmp_path, monkeypatch):
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+    values = {"data": {"streams": [{"root": "shards"}, {"remote": "s3://bucket/far"}]}}
+    report = look(values | {"run_dir": str(tmp_path)}, World(0, 1, 0, 1, "alone"))
+    problems = [text for text in report["problems"] if text.startswith("data.remote")]
+    assert len(problems) == 1
+    assert problems[0].startswith("data.remote=s3://bucket/far is not reachable (")
+    monkeypatch.setattr(node_report, "FETCH_SECONDS", 0.01)
+    assert "s3://bucket/far is not reachable (no answer in" in unfetched(values)[0]
+
+
+def test_two_edits_of_one_size_are_two_codes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "x.py").write_text("a = 1\n")
+    for words in (["init", "-q"], ["add", "x.py"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    found = [read_code()]
+    for text in (b"a = 2\n", b"a = 3\n", b"a = '\xff'\n"):
+        (tmp_path / "x.py").write_bytes(text)
+        found.append(read_code())
+    assert len(set(found)) == 4 and all(code.startswith(found[0]) for code in found), found
 
 
 def start(rank, tmp_path, port, seconds=60):

@@ -4,6 +4,7 @@
 training.preflight.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ from training.distributed import World, on_gpu
 CLOCK_SECONDS = 5.0
 SLOW = {"cuda": 1.5, "cpu": 4.0}  # times the median; CPU processes may share a core
 DISK_GB, MEMORY_FRACTION = 5.0, 0.8  # free on the node; free of a GPU that nobody else should use
+FETCH_SECONDS = 90.0  # for the remote data of a config
 EQUAL = ("versions", "driver", "device", "code")
 
 
@@ -41,6 +44,8 @@ def look(values: dict[str, Any], world: World) -> dict[str, Any]:
     if report["disk"] < DISK_GB:
         report["problems"].append(f"{report['disk']:.1f} GB free in {tempfile.gettempdir()}")
     report["problems"] += unreachable(values)
+    if world.local_rank == 0:  # one of a node asks
+        report["problems"] += unfetched(values)
     try:
         report |= measure_device(world)
     except (RuntimeError, AssertionError) as error:  # no driver, a GPU that fell off the bus
@@ -87,17 +92,25 @@ def read_code() -> str:
     """Commit and a digest of what differs from it; "" where there is no git."""
     if not shutil.which("git"):
         return ""
-    said = [subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout
-            for words in (["rev-parse", "--short", "HEAD"], ["diff", "HEAD", "--stat"])]
-    changes = said[1].strip().splitlines()
-    return said[0].strip() + (f" +{changes[-1].strip()}" if changes else "")
+    commit, counts, diff = (
+        subprocess.run(["git", *words], capture_output=True, check=False).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["diff", "HEAD", "--shortstat"],
+                      ["diff", "HEAD", "--binary"]))
+    digest = hashlib.sha256(diff).hexdigest()[:8]
+    return commit.decode() + (f" +{counts.decode()}, {digest}" if counts else "")
+
+
+def data_places(values: dict[str, Any], key: str) -> list[str]:
+    """Every data.root or data.remote; what is no mapping is for train.py to refuse."""
+    data = values.get("data")
+    streams = data.get("streams") if isinstance(data, dict) else None
+    found = [data, *(streams if isinstance(streams, list) else [])]
+    return [str(one[key]) for one in found if isinstance(one, dict) and one.get(key)]
 
 
 def unreachable(values: dict[str, Any]) -> list[str]:
     """Folders that the config names and this node does not see; hub ids are no folders."""
-    data = values.get("data", {})
-    streams = [stream.get("root") for stream in data.get("streams", [])]
-    places = {f"data.root={root}": root for root in [data.get("root"), *streams] if root}
+    places = {f"data.root={root}": root for root in data_places(values, "root")}
     for key in ("wan", "tangoflux"):
         name = str(values.get(key, ""))
         if name.startswith(("/", ".", "weights/")):
@@ -107,6 +120,22 @@ def unreachable(values: dict[str, Any]) -> list[str]:
     if not (run_dir.is_dir() and os.access(run_dir, os.W_OK)):  # rank 0 has made it
         found.append(f"run_dir={run_dir} is not writable, or not the same on all nodes")
     return found
+
+
+def unfetched(values: dict[str, Any]) -> list[str]:
+    """Remote data that this node cannot fetch the first small file of."""
+    remotes = data_places(values, "remote")
+    if not remotes:
+        return []
+    command = [sys.executable, "-m", "data.reach", *remotes]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS,
+                              check=False)
+    except subprocess.TimeoutExpired:
+        return [f"data.remote={remote} is not reachable (no answer in {FETCH_SECONDS:.0f} s)"
+                for remote in remotes]
+    lines = done.stdout.splitlines()
+    return lines or done.stderr.splitlines()[-1:] if done.returncode else []
 
 
 def filled(place: str) -> bool:
@@ -137,8 +166,11 @@ def judge(reports: dict[int, dict[str, Any]]) -> dict[str, list[str]]:
         for key in EQUAL:
             if json.dumps(report[key]) != usual[key][0][0]:
                 blame(report, f"{key} {report[key]} differs from {usual[key][0][0]}")
+    ranks_of = Counter(report["host"] for report in reports.values())
     for key, what in (("seconds", "matrix product"), ("node_seconds", "all-reduce in the node")):
-        times = {rank: report[key] for rank, report in reports.items() if report.get(key)}
+        # A rank alone on its node sends nothing: those microseconds say nothing of the node.
+        times = {rank: report[key] for rank, report in reports.items() if report.get(key)
+                 and (key == "seconds" or ranks_of[report["host"]] > 1)}
         for rank, seconds in times.items():
             median = statistics.median(times.values())
             factor = SLOW["cpu" if reports[rank]["device"] == "cpu" else "cuda"]

@@ -3,8 +3,9 @@
     python -m data.manifest avsync15 ~/AVSync15 --out manifests/avsync15.jsonl --leaks keep
     python -m data.manifest landscape ~/Landscapes --out manifests/landscape.jsonl --leaks keep
     python -m data.manifest greatest_hits ~/vis-data --out manifests/greatest_hits.jsonl
-    python -m data.manifest alt_merge manifests/{avsync15,landscape,greatest_hits}.jsonl \\
-        --out manifests/alt_merge.jsonl
+    python -m data.doctor manifests/avsync15.jsonl --out manifests/avsync15.clean.jsonl  # all three
+    python -m data.manifest alt_merge manifests/{avsync15,landscape,greatest_hits}.clean.jsonl \\
+        --out manifests/alt_merge.jsonl                  # so that 300 usable clips are held out
     python -m data.manifest vggsound ~/VGGSound --keep-out manifests/alt_merge.jsonl \\
         --out manifests/vggsound.jsonl
     python -m data.manifest folder ~/clips --captions captions.csv --out manifests/mine.jsonl

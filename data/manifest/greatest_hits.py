@@ -7,6 +7,7 @@ scratches are kept as ground truth of the cut, [seconds from t0, material, actio
 
 import collections
 import math
+import os
 import re
 from pathlib import Path
 
@@ -24,14 +25,17 @@ def list_greatest_hits(root: Path, version: str = "denoised") -> Listing:
     takes: dict[str, dict[str, Path]] = collections.defaultdict(dict)
     for path in find_media(root):
         if found := TAKE.fullmatch(path.stem):
-            takes[found["id"]][found["version"]] = path
+            first = takes[found["id"]].setdefault(found["version"], path)
+            if first is not path:
+                line = _candidate(found["id"], path)
+                done.rejects.append(reject(line, "duplicate", f"{first} is the same of this take"))
         else:
             done.rejects.append(
                 reject({"id": path.stem, "path": path}, "unlisted", "not the name of a take")
             )
     if not takes:
         raise DataError(f"root={root}: no file <YYYY-MM-DD-HH-MM-SS>_{version}.mp4 below it")
-    times = {path.name: path for path in root.rglob("*_times.txt")}
+    times = _find_times(root)
     for take, versions in sorted(takes.items()):
         record = _candidate(take, versions.get(version))
         if version not in versions:
@@ -47,6 +51,12 @@ def list_greatest_hits(root: Path, version: str = "denoised") -> Listing:
         record["class"] = kinds.most_common(1)[0][0] if kinds else ""
         done.records.append(record)
     return done
+
+
+def _find_times(root: Path) -> dict[str, Path]:
+    """Name -> file with marks, below linked folders too, as the clips are found."""
+    return {name: Path(at) / name for at, _, names in os.walk(root, followlinks=True)
+            for name in names if name.endswith("_times.txt")}
 
 
 def _candidate(take: str, path: Path | None) -> Record:

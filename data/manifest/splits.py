@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.manifest.read import read_records
-from data.manifest.records import Listing, Record, reject
+from data.manifest.records import Listing, Record, read_ledger, reject
 from data.schema import DataError
 
 ALT_MERGE = {"avsync15": 120, "landscape": 80, "greatest_hits": 100}  # held out, of 3,254 clips
@@ -88,14 +88,15 @@ def merge_alt(
 ) -> Listing:
     """ALT-Merge: the manifests of its three sets as one, `held_out` of each set held out.
 
-    Paths are of this machine again. What `others` hold out is not trained on. DataError if a set
-    is absent or foreign, or if two manifests hold one id.
+    Paths are of this machine again. What `others` hold out is not trained on. The sets' own ledgers
+    come along. DataError if a set is absent or foreign, or if two manifests hold one id.
     """
     homes: dict[str, Path] = {}
     by_source: dict[str, list[Record]] = {source: [] for source in held_out}
     rejects: list[Record] = []
     for path in manifests:
         records, faults = read_records(path, "train")
+        rejects += read_ledger(path)
         rejects += [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line}
                     for f in faults]
         for record in records:

@@ -1,0 +1,33 @@
+"""Which of these remote data sets can this machine not fetch the first small file of?
+
+    python -m data.reach s3://bucket/prefix ...
+
+prints one line for each, and why; exits 1 if there is one. Run by training.preflight on every node.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from data.schema import METADATA_FILE, DataError
+from data.sources import fetch
+
+SECONDS = 20.0  # of one attempt
+
+
+def main(remotes: list[str]) -> int:
+    lost = False
+    with tempfile.TemporaryDirectory() as folder:
+        for number, remote in enumerate(remotes):
+            address = f"{remote.rstrip('/')}/{METADATA_FILE}"
+            try:
+                fetch(address, Path(folder) / str(number), 1, SECONDS)
+            except DataError as error:
+                why = " ".join(str(error.__cause__).split())
+                print(f"data.remote={remote} is not reachable ({why})")
+                lost = True
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
