@@ -59,6 +59,38 @@ def test_the_jobs_of_a_pair_inherit_no_cache_of_the_node_that_submits(tmp_path):
         " ".join(f"{key}=" for key in keys)}
 
 
+@pytest.mark.parametrize("line", [
+    "container=(apptainer exec image)", "srun_options=(--container-image=image)"])
+def test_in_a_container_the_host_needs_no_environment(tmp_path, line):
+    """Every python of a batch script runs in it; here only that one has any."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    env = tmp_path / "launch" / "env.sh"
+    begin = env.read_text().index("container=() srun_options=()\n")
+    end = env.read_text().index("\n", begin)
+    env.write_text(f"{env.read_text()[:end]}; {line}{env.read_text()[end:]}")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    inside = f'echo "$*" >>"{tmp_path}/inside"; case "$*" in *--where*) echo runs/x;; esac'
+    write_executable(tools / "apptainer", f'#!/bin/sh\nshift 2\n{inside}\n')
+    write_executable(tools / "srun", f'#!/bin/bash\nwhile [[ $1 == --* ]]; do [[ $1 != '
+                     f'--container-image=* ]] || seen=1; shift; done\n[[ $seen ]] || exec "$@"\n'
+                     f'{inside}\n')
+    write_executable(tools / "python", "#!/bin/sh\necho no environment here >&2; exit 1\n")
+    write_executable(tools / "sbatch", f'#!/bin/sh\nfor word; do last=$word; done\n'
+                     f'case "$*" in *--wrap*) sh -c "$last";; esac >>"{tmp_path}/log" 2>&1\n'
+                     f'echo 7\n')
+    done = subprocess.run(
+        ["bash", "launch/pair.sbatch", "configs/alt_merge"], cwd=tmp_path, text=True, check=False,
+        env={"PATH": f"{tools}:/usr/bin:/bin", "TMPDIR": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 0 and "run directory runs/x" in done.stdout, done
+    seen = (tmp_path / "inside").read_text().splitlines()
+    assert [line.split(" configs/")[0] for line in seen] == [
+        *["python -m tools.status --where"] * 2, "python -m tools.report runs/x runs/x"], seen
+    batch = (ROOT / "launch" / "train.sbatch").read_text()
+    calls = re.findall(r"(.{0,5})python (?!-u)", batch)  # -u: the ranks' own, under srun
+    assert len(calls) == 2 and all(call.endswith("once ") for call in calls), calls
+
+
 def test_local_starts_one_process_where_there_is_no_gpu(tmp_path):
     """Also without nvidia-smi, whose absence must not end the script in silence."""
     write_executable(tmp_path / "torchrun", '#!/bin/sh\necho torchrun "$@"\n')

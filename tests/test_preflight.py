@@ -49,6 +49,13 @@ def test_equal_nodes_are_good():
     assert judge(alone) == {}  # a reduction among one rank sends nothing
 
 
+def test_the_slow_one_of_two_is_named():
+    """A mean of both would call 29 ms against 10 within 1.5 times the usual."""
+    two = {rank: report | {"seconds": 0.010 + 0.019 * rank} for rank, report in enumerate(
+        (reports()[0], reports()[2]))}
+    assert list(judge(two)) == ["n2"]
+
+
 def test_places_of_a_config_are_looked_at(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()

@@ -153,6 +153,22 @@ def test_what_is_no_run_is_an_error(tmp_path, capsys):
         find_run(str(tmp_path), ["a=1"])
 
 
+def test_it_looks_again_until_it_is_stopped(folder, capsys, monkeypatch):
+    rounds = []
+
+    def wait(seconds):
+        rounds.append(seconds)
+        (folder / "status.json").write_text(json.dumps({"state": "done", "step": 77 + len(rounds)}))
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", wait)
+    assert main([str(folder), "--watch"]) == 0
+    shown = capsys.readouterr().out.split("\033[2J\033[H")
+    assert len(shown) == 3 and "done" not in shown[0].splitlines()[1]
+    assert all("done" in again.splitlines()[1] for again in shown[1:])
+
+
 def test_where_reads_the_config_as_train_does(tmp_path):
     said = run(["python", "-m", "tools.status", "--where", f"{ROOT}/configs/alt_merge_t2v.yaml"])
     assert said.stdout == "runs/alt_merge_t2v\n"

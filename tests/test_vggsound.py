@@ -101,6 +101,31 @@ def test_held_out_clips_per_subset(tmp_path, capsys):
         parse(["folder", str(tmp_path), "--official-test", "test"])
 
 
+def test_held_out_clips_are_drawn_from_what_the_doctor_left(tmp_path, ten, capsys):
+    raw = tmp_path / "raw.jsonl"
+    records, _ = run("vggsound", build_vggsound(tmp_path / "VGGSound", ten), out=raw,
+                     options=("--leaks", "keep"))
+    tests = {"under_scor__000000", "ccccccccccc_000005"}
+    assert {name for name, record in records.items() if record["split"] == "test"} == tests
+    clean = tmp_path / "clean" / "v.jsonl"  # without the one that a draw at the import would take
+    kept = [record | {"path": f"../{record['path']}"} for name, record in records.items()
+            if name != "under_scor__000000"]
+    clean.parent.mkdir()
+    clean.write_text("\n".join(map(json.dumps, kept)))
+    clean.with_name("v.rejects.jsonl").write_text(
+        json.dumps({"id": "under_scor__000000", "reason": "silent", "detail": "-90 dBFS"}) + "\n")
+    out = tmp_path / "final.jsonl"
+    assert main(["hold_out", str(clean), "--out", str(out), "--held-out", "1"]) == 0
+    held, rejects = (
+        {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
+        for path in (out, tmp_path / "final.rejects.jsonl"))
+    assert {name for name, r in held.items() if r["split"] != "train"} == {"ccccccccccc_000005"}
+    assert (tmp_path / held["ccccccccccc_000005"]["path"]).is_file()
+    assert reasons(rejects) == {"under_scor__000000": "silent", "ccccccccccc_000100": "leak"}
+    assert main(["hold_out", str(clean), "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "held_out=138" in capsys.readouterr().err
+
+
 def test_av_tight_and_loose_are_the_papers():
     subsets = load_subsets()
     tight, loose = set(subsets["AV-Tight"]), set(subsets["AV-Loose"])

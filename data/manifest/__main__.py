@@ -6,8 +6,9 @@
     python -m data.doctor manifests/avsync15.jsonl --out manifests/avsync15.clean.jsonl  # all three
     python -m data.manifest alt_merge manifests/{avsync15,landscape,greatest_hits}.clean.jsonl \\
         --out manifests/alt_merge.jsonl                  # so that 300 usable clips are held out
-    python -m data.manifest vggsound ~/VGGSound --keep-out manifests/alt_merge.jsonl \\
-        --out manifests/vggsound.jsonl
+    python -m data.manifest vggsound ~/VGGSound --leaks keep --out manifests/vggsound.jsonl
+    python -m data.manifest hold_out manifests/vggsound.clean.jsonl \\
+        --keep-out manifests/alt_merge.jsonl --out manifests/vggsound.split.jsonl
     python -m data.manifest folder ~/clips --captions captions.csv --out manifests/mine.jsonl
     python -m data.manifest playground runs/clips --out manifests/playground.jsonl
     python -m data.manifest check manifests/*.jsonl      # exit code 1 where sets leak
@@ -18,8 +19,9 @@ rotation, fps, vfr, frames, seconds, audio_rate, channels, t0, t1, sha256, capti
 marks if the set has them. Splits are train and validation. VGGSound's is drawn from its official
 test clips, so many of AV-Tight, AV-Loose and neither; the others are trained on, as the paper's
 106,717 of 107,648 say, or not (--official-test test). Training clips of a recording that is held
-out are a leak and go, unless alt_merge draws the splits anew. The cut is the centre, in The
-Greatest Hits and the playground the window with the most marks. Content is judged by data.doctor.
+out are a leak and go, unless alt_merge or hold_out draws the splits anew, which belongs after the
+doctor: what is held out should be usable. The cut is the centre, in The Greatest Hits and the
+playground the window with the most marks. Content is judged by data.doctor.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from data.manifest.records import (
     Record,
     complete_all,
     ledger_path,
+    read_ledger,
     reject,
     write_manifest,
 )
@@ -54,6 +57,7 @@ from data.manifest.splits import (
 from data.manifest.vggsound import list_vggsound
 from data.schema import DataError
 
+MADE_OF = ("alt_merge", "hold_out")  # manifests
 SETS = ("avsync15", "landscape", "greatest_hits", "vggsound", "folder", "playground")
 # What the paper does where it says it, and our choice where it does not.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -65,15 +69,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "folder": {},
     "playground": {"cut": "marks"},
     "alt_merge": {"held_out": list(ALT_MERGE.values())},
+    "hold_out": {"held_out": [138, 554, 39]},
     "check": {},
 }
 # Flag -> who uses it; to the others it says nothing, so they refuse it.
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("frames", "fps", "cut", "duplicates", "leaks", "workers"), SETS),
-    **dict.fromkeys(("out", "captions", "held_out", "keep_out", "seed"), (*SETS, "alt_merge")),
+    **dict.fromkeys(("out", "captions", "held_out", "keep_out", "seed"), (*SETS, *MADE_OF)),
     "version": ("greatest_hits",),
     "table": ("vggsound",),
-    "official_test": ("vggsound",),
+    "official_test": ("vggsound", "hold_out"),
 }
 COMMON = {"frames": 49, "cut": "centre", "duplicates": "exact", "held_out": None}
 
@@ -89,7 +94,7 @@ def import_set(args: argparse.Namespace) -> Listing:
     rejects += [reject(records[i], reason, detail) for i, detail in twins.items()]
     records = [record for i, record in enumerate(records) if i not in twins]
     if args.set == "vggsound":
-        records = hold_out_tests(records, args)
+        records = hold_out_tests(records, args) if args.leaks == "drop" else records
     elif args.held_out is not None:
         records = hold_out(records, args.held_out[0], args.seed)
     if args.leaks == "keep":
@@ -144,6 +149,16 @@ def hold_out_tests(records: list[Record], args: argparse.Namespace) -> list[Reco
         else:
             done += hold_out(part, count, args.seed, rest=args.official_test)
     return done
+
+
+def hold_out_usable(args: argparse.Namespace) -> Listing:
+    """Of a manifest of VGGSound that drew none: from what is left of its official test clips."""
+    [path] = args.roots
+    records = read_whole(path)
+    for record in records:
+        record["path"] = os.path.join(path.parent, record["path"])
+    kept = drop_leaks(hold_out_tests(records, args), _read_others(args.keep_out))
+    return Listing(kept.records, [*read_ledger(path), *kept.rejects])
 
 
 def add_captions(records: list[Record], path: Path) -> None:
@@ -201,7 +216,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--keep-out", type=Path, nargs="+", default=[], metavar="MANIFEST",
                         help="do not train on recordings that these hold out")
     parser.add_argument("--leaks", choices=("drop", "keep"), default="drop",
-                        help="keep: for manifests that alt_merge splits anew")
+                        help="keep: for manifests that alt_merge or hold_out splits anew")
     parser.add_argument("--version", choices=VERSIONS, default="denoised",
                         help="The Greatest Hits' file of a take; default: %(default)s")
     parser.add_argument("--table", type=Path, help="VGGSound's csv; ROOT/vggsound.csv")
@@ -214,16 +229,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, common in COMMON.items():
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS[args.set].get(name, common))
-    if args.set in SETS and len(args.roots) != 1:
+    if args.set in (*SETS, "hold_out") and len(args.roots) != 1:
         parser.error(f"{args.set} takes one ROOT, not {len(args.roots)}")
     if args.leaks == "keep" and args.keep_out:
         parser.error("--leaks keep and --keep-out contradict each other; leave one out")
-    counts = {"alt_merge": (3,), "vggsound": (1, 3)}.get(args.set, (1,))
+    counts = {"alt_merge": (3,), "vggsound": (1, 3), "hold_out": (1, 3)}.get(args.set, (1,))
     if args.held_out and len(args.held_out) not in counts:
         parser.error(f"--held-out {args.held_out}: {' or '.join(map(str, counts))} numbers for "
                      f"{args.set}")
-    if args.set == "alt_merge" and args.out is None:
-        parser.error("alt_merge needs --out")
+    if args.set in MADE_OF and args.out is None:
+        parser.error(f"{args.set} needs --out")
     return args
 
 
@@ -235,6 +250,8 @@ def main(arguments: list[str]) -> int:
         if args.set == "alt_merge":
             held_out = dict(zip(ALT_MERGE, args.held_out, strict=True))
             found = merge_alt(args.roots, held_out, args.seed, _read_others(args.keep_out))
+        elif args.set == "hold_out":
+            found = hold_out_usable(args)
         else:
             found = import_set(args)
         if args.captions:
