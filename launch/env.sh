@@ -29,7 +29,7 @@ container=() srun_options=()
 # srun_options=(--container-image=avfulldit.sqsh --container-mounts="$PWD")            # EDIT: pyxis
 once() {  # one process in it, beside the ranks: the node itself need not have the environment
   if [[ ${#srun_options[@]} == 0 ]]; then "${container[@]}" "$@"; return; fi
-  srun --quiet --overlap --nodes=1 --ntasks=1 "${srun_options[@]}" "$@"
+  srun --quiet --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "$@"
 }
 
 export PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=false NCCL_DEBUG=${NCCL_DEBUG:-WARN}
