@@ -107,7 +107,8 @@ def test_records_of_steps_done_again_are_dropped(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "skips.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5}])
+@pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5},
+                                    {"spike_sigmas": math.nan}])
 def test_bad_settings_are_named(values):
     with pytest.raises(ValueError, match=f"guard.{next(iter(values))}"):
         GuardConfig(**values)

@@ -38,7 +38,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         for key, least in (("max_skips", 1), ("spike_sigmas", 1), ("spike_window", 8)):
-            if getattr(self, key) < least:
+            if not getattr(self, key) >= least:  # nor NaN
                 raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
 
 
@@ -133,8 +133,8 @@ class Guard:
                 f"guard.max_skips={self.config.max_skips} updates in a row were skipped, the last")
             raise BadNumbersError(
                 f"{why} at {said}; last good checkpoint: {last_good or 'none'}; look at the "
-                f"samples (python -m tools.replay {self.run_dir} {drawn.step}), then lower optimizer.lr "
-                "or go on with another seed"
+                f"samples (python -m tools.replay {self.run_dir} {drawn.step}), then lower "
+                "optimizer.lr or go on with another seed"
             )
         return said
 
