@@ -6,6 +6,7 @@ resolved.
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.provenance import check_provenance
@@ -20,6 +21,10 @@ from training.distributed import World
 from training.ds_config import complete_ds_config, read_ds_config
 from training.engine import OptimizerConfig
 from training.guard import GuardConfig
+from training.manifest import MANIFEST, read_manifest
+from training.resume import check_resume, describe_run
+from training.run_dir import CheckpointError
+from training.tags import Found, complete_tags
 from training.watchdog import WatchdogConfig
 
 
@@ -124,10 +129,34 @@ def build_plan(config: RunConfig, world: World) -> Plan:
     return Plan(streams, model, ds_config, notes)
 
 
+def about_run(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint says of its run, and what a resume is held against."""
+    return describe_run(dataclasses.asdict(config), plan.deepspeed, dataclasses.asdict(plan.model),
+                        {stream.label: stream.version for stream in plan.streams})
+
+
+def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
+    """What a start would go on from and what has changed since; sizes are checked, not hashes.
+
+    Raises:
+        CheckpointError: where the start would be refused.
+    """
+    run_dir = Path(config.run_dir)
+    tags = complete_tags(run_dir)
+    if not tags:
+        if any(run_dir.glob(f"checkpoints/step*/{MANIFEST}")):
+            raise CheckpointError(f"{run_dir}/checkpoints holds checkpoints but none is whole: "
+                                  "move them away to start afresh")
+        return [f"{run_dir}: no checkpoint; a start begins from the pretrained backbones"]
+    found = Found(tags[-1], read_manifest(tags[-1]), {})
+    changed = check_resume(found, about_run(config, plan), dataclasses.asdict(AVFullDiTConfig()))
+    return [f"a start resumes {found.tag}", *changed]
+
+
 def report(config: RunConfig, plan: Plan, arguments: list[str]) -> None:
-    """check=true: every value with its source."""
+    """check=true: every value with its source, and what a start would resume."""
     lines = report_lines(dataclasses.asdict(config), arguments, config.deepspeed, plan.deepspeed)
-    notes = [f"note: {note}" for note in plan.notes]
+    notes = [f"note: {note}" for note in [*plan.notes, *resume_lines(config, plan)]]
     print("\n".join([*lines, *notes, "every check passed; nothing was built"]))
 
 

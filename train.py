@@ -22,7 +22,7 @@ import torch
 
 from data.dataset import HeldOut, build_loader
 from data.schema import Batch, DataError
-from experiment import Plan, RunConfig, build_plan, report, report_weights
+from experiment import Plan, RunConfig, about_run, build_plan, report, report_weights
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import peak_tflops, training_work
 from model.from_files import weight_fingerprints
@@ -50,7 +50,7 @@ from training.guard import EXIT_CODE as BAD_NUMBERS
 from training.guard import BadNumbersError, Drawn
 from training.health import Health, group_places
 from training.metrics import Clock, MetricWriter
-from training.resume import check_resume, describe_run
+from training.resume import check_resume
 from training.run_dir import CheckpointError
 from training.run_lock import lock_run
 from training.safety import Agreed, Safety
@@ -128,8 +128,7 @@ def run(config: RunConfig, plan: Plan, world: World) -> None:
 def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     """Build, resume, then go through the steps; maintenance comes before the step."""
     run_dir = Path(config.run_dir)
-    about = describe_run(dataclasses.asdict(config), plan.deepspeed, dataclasses.asdict(plan.model),
-                         {stream.label: stream.version for stream in plan.streams})
+    about = about_run(config, plan)
     found, notes = find_checkpoint(run_dir, world), plan.notes
     if found:
         notes = notes + check_resume(found, about, dataclasses.asdict(AVFullDiTConfig()))
@@ -145,6 +144,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     ema = EMA(engine, config.ema_decay) if config.ema_decay else None
     if found:
         load_checkpoint(engine, found, world, ema)
+        safety.last_good = found.tag
     judged = found.manifest.run.get("guard") if found else None
     safety.attend(config.guard, first + 1 if first else 0, judged, engine.device)
     ledger = run_dir / "substitutions.jsonl" if world.is_main else None

@@ -118,5 +118,6 @@ def _centre(found: Probe, spec: CutSpec) -> float:
     """
     middle = (min(found.start, found.sound_start) + max(found.end, found.sound_end)) / 2
     begin = min(middle - spec.duration / 2, found.end - spec.duration)
-    fits = found.times[found.times <= max(begin, found.start) + 0.5 / found.fps]
+    half = 0.5 / found.fps if found.fps else 0.0  # one picture of no length has no rate
+    fits = found.times[found.times <= max(begin, found.start) + half]
     return float(fits[np.argmin(np.abs(fits - begin))])

@@ -7,6 +7,7 @@ same sample meets the same t and noise on any device, rank, world size and batch
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class FlowConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"flow.{name}={getattr(self, name)!r} is unknown; use {known}")
         for name in ("shift", "audio_shift"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
                     f"flow.{name}={getattr(self, name)} must be above 0; 1 means no shift"
                 )
@@ -54,8 +55,10 @@ class FlowConfig:
                 )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"flow.caption_dropout={self.caption_dropout} must be within [0, 1]")
-        if min(self.video_loss_weight, self.audio_loss_weight) < 0:
-            raise ValueError("flow.video_loss_weight and audio_loss_weight must not be negative")
+        if not all(0 <= weight < math.inf for weight in
+                   (self.video_loss_weight, self.audio_loss_weight)):
+            raise ValueError("flow.video_loss_weight and audio_loss_weight must be finite and not "
+                             "negative")
 
 
 def keyed_generator(

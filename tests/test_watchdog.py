@@ -12,7 +12,7 @@ from tests.launch import ROOT, environment
 from training.watchdog import WatchdogConfig
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from training.distributed import World
 from training.failure import Failure
@@ -21,12 +21,18 @@ world = World(0, 1, 0, 1, "alone")
 def stuck_in_a_read():
     time.sleep(60)
 failure = Failure(Path(sys.argv[1]), {"seed": 3}, world)
+if sys.argv[3] == "full disk":
+    failure.folder.parent.write_text("no folder can be made here")
+elif sys.argv[3] == "hung disk":  # reading or writing a pipe that nobody has open never returns
+    failure.folder.mkdir(parents=True)
+    for name in ("alarm", "rank00000.stacks.txt"):
+        os.mkfifo(failure.folder / name)
 with Watchdog(WatchdogConfig(data=3, compute=60), failure) as watchdog:
     for turn in range(4):  # longer than the budget together: every turn has its own
         watchdog.enter("data")
         time.sleep(1)
     watchdog.enter(sys.argv[2])
-    if sys.argv[3] == "hang":
+    if sys.argv[3] != "leave":
         stuck_in_a_read()
 print("left in order")
 """
@@ -49,6 +55,16 @@ def test_a_phase_over_its_budget_ends_with_76_and_stacks(tmp_path):
     assert told["reason"] == "phase 'data' took more than watchdog.data=3 seconds"
     assert json.loads((folder / "config.json").read_text()) == {"seed": 3}
     assert str(folder) in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["full disk", "hung disk"])
+def test_it_ends_with_76_also_where_the_disk_is_what_hangs(tmp_path, disk):
+    began = time.monotonic()
+    done, _ = start(tmp_path, "data", disk)
+    assert done.returncode == 76 and time.monotonic() - began < 40
+    if disk == "full disk":
+        assert "watchdog.data=3 seconds; nothing could be written of it" in done.stderr
 
 
 @pytest.mark.faults

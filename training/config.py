@@ -28,9 +28,11 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     loader.flatten_mapping(node)
     mapping: dict = {}
     for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{loader.name}:{line}: a key must be a single word")
         key = loader.construct_object(key_node, deep=True)
         if key in mapping:
-            line = key_node.start_mark.line + 1
             raise ConfigError(f"{loader.name}:{line}: key '{key}' is given twice; keep one")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
@@ -52,23 +54,35 @@ def _parse_yaml(text: str, where: str) -> Any:
         loader.dispose()
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path, above: tuple[Path, ...] = ()) -> dict:
     """One YAML file as a dict; `base: other.yaml` is read first and overlaid, key by key.
 
     A t2v twin is its t2av file plus `task: t2v`: the two cannot drift apart.
     """
+    here = Path(path).resolve()
+    if here in above:
+        raise ConfigError(f"{path}: base={here.name} is based on itself; remove one `base:`")
     values, base = read_yaml_file(Path(path))
-    return values if base is None else overlay(read_yaml(Path(path).parent / base), values)
+    if base is None:
+        return values
+    return overlay(read_yaml(Path(path).parent / base, (*above, here)), values)
 
 
 def read_yaml_file(path: Path) -> tuple[dict, str | None]:
     """One file's own keys, and its base."""
     if not path.is_file():
         raise ConfigError(f"config={path}: no such file; the shipped ones are in configs/")
-    values = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
+    values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    return values, values.pop("base", None)
+    base = values.pop("base", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base={base!r} must be the name of another YAML file")
+    return values, base
 
 
 def overlay(base: dict, top: dict) -> dict:

@@ -13,7 +13,7 @@ from typing import Any
 
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.compile.config import CompileConfig
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
@@ -85,8 +85,9 @@ UNSAFE = (
     (("bf16", "bf16_optimizer_states"), True, "AdamW's moments are fp32 here; remove it"),
     (("zero_optimization", "compute_grad_norm"), False,
      "a NaN gradient would reach the weights, and nothing would be clipped; remove it"),
-    (("torch_autocast", "dtype"), "float16", "its loss scale has no place here; use bfloat16"),
 )
+# DeepSpeed has several names for each, and looks at the first one only when the engine is built.
+DTYPES = (("data_types", "grad_accum_dtype"), ("torch_autocast", "dtype"))
 
 # Unless the file says otherwise. bf16 alone would add up and reduce gradients in bf16, where the
 # smaller half of 8 additions is lost.
@@ -133,10 +134,22 @@ def check_ds_config(values: Any) -> None:
     for (block, key), value, why in UNSAFE:
         if values.get(block, {}).get(key) == value:
             raise ConfigError(f"{block}.{key}={json.dumps(value)}: {why}")
+    for block, key in DTYPES:
+        given = values.get(block, {}).get(key)
+        if given is not None and not _is_fp32_or_bf16(given):
+            raise ConfigError(f"{block}.{key}={json.dumps(given)} must be fp32 or bf16 (fp16 would "
+                              "need a loss scale, which has no place here)")
     if values.get("bf16", {}).get("enabled") and zero_stage(values) == 0:
         raise ConfigError("zero_optimization.stage=0 with bf16 keeps no fp32 weights and no fp32 "
                           "gradients; use stage 1, or torch_autocast in place of bf16")
     _ask_deepspeed(values)
+
+
+def _is_fp32_or_bf16(name: str) -> bool:
+    try:
+        return DtypeEnum(name) in (DtypeEnum.fp32, DtypeEnum.bf16)
+    except ValueError:
+        return False
 
 
 def _check_block(known: Any, values: Any, prefix: str) -> None:
@@ -151,7 +164,7 @@ def _check_block(known: Any, values: Any, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}=\"auto\" means nothing here; give a value")
         inside = fields[key]
         if isinstance(inside, dict) or _is_model(inside):
-            if value is not None or isinstance(inside, dict):
+            if value is not None or not prefix or isinstance(inside, dict):
                 _check_block(inside, value, f"{prefix}{key}.")
         elif inside is not None and (not isinstance(value, inside)
                                      or (isinstance(value, bool) and inside is not bool)):

@@ -65,7 +65,7 @@ class Failure:
 
     def read_alarm(self) -> tuple[int, str] | None:
         """(exit code, words) of the rank that failed first, if one did."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # none, or a disk that errs: asked again
             code, words = self.alarm.read_text(encoding="utf-8").split(" ", 1)
             return int(code), words
         return None

@@ -38,7 +38,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         for key, least in (("max_skips", 1), ("spike_sigmas", 1), ("spike_window", 8)):
-            if getattr(self, key) < least:
+            if not getattr(self, key) >= least:  # nor NaN
                 raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
 
 
@@ -100,7 +100,7 @@ class Guard:
         return torch.stack(self.partial).mean()
 
     def _is_spike(self, loss: float) -> bool:
-        if len(self.history) < self.config.spike_window // 2:
+        if not math.isfinite(loss) or len(self.history) < self.config.spike_window // 2:
             return False
         mean = statistics.fmean(self.history)
         return loss > mean + self.config.spike_sigmas * statistics.pstdev(self.history, mean)
@@ -129,12 +129,12 @@ class Guard:
         ended = self.in_a_row >= self.config.max_skips or (
             spiked and self.config.spike == "stop")
         if ended:
-            count = f"guard.max_skips={self.config.max_skips} updates in a row were skipped"
+            why = "a spike" if spiked and self.config.spike == "stop" else (
+                f"guard.max_skips={self.config.max_skips} updates in a row were skipped, the last")
             raise BadNumbersError(
-                f"{count if not applied and self.config.spike != 'stop' else 'a spike'}, the last "
-                f"at {said}; last good checkpoint: {last_good or 'none'}; look at the samples "
-                f"(python -m tools.replay {self.run_dir} {drawn.step}), then lower optimizer.lr "
-                "or go on with another seed"
+                f"{why} at {said}; last good checkpoint: {last_good or 'none'}; look at the "
+                f"samples (python -m tools.replay {self.run_dir} {drawn.step}), then lower "
+                "optimizer.lr or go on with another seed"
             )
         return said
 

@@ -17,7 +17,8 @@ from training.tags import Found
 FREE = (
     "config.run_dir", "config.max_steps", "config.*_every", "config.keep_checkpoints",
     "config.check*", "config.self_check", "config.timeout_minutes", "config.recompute",
-    "config.validation_samples", "config.deepspeed",
+    "config.validation_samples", "config.validate_only", "config.samples.*", "config.peak_tflops",
+    "config.deepspeed",
     "config.wan", "config.tangoflux",  # only read at a fresh start; their shapes are the model's
     # Places and processes; what the data are is `data`, which version of them `fingerprints`.
     "config.data.*root", "config.data.*remote", "config.data.*cache*", "config.data.*workers*",
@@ -63,8 +64,9 @@ def check_resume(found: Found, now: dict, model_defaults: dict) -> list[str]:
     lines = [f"WARNING: checkpoint {tag.name} is damaged ({told}): going back to {found.tag.name}"
              for tag, told in found.damaged.items()]
     if saved:
+        changed = changes(saved, now)  # first: another task has another model, and a plain name
         check_same_model(saved["model"], now["model"], model_defaults)
-        lines += [f"changed since {found.tag.name}: {line}" for line in changes(saved, now)]
+        lines += [f"changed since {found.tag.name}: {line}" for line in changed]
     return lines
 
 

@@ -3,9 +3,11 @@
 A worker stuck in I/O, a dead peer, a lock taken by a fork: nothing raises, and Slurm pays until
 the time limit. Each phase of the loop has a budget; a rank that overruns it writes its stacks to
 the failure folder and raises the alarm there, the watchdogs of the other ranks follow, and the
-process exits with 76. Called by train.py.
+process exits with 76, also where the disk of the run directory is full or hangs: that is what many
+a hang is, and nothing that touches it may keep the process. Called by train.py.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -16,6 +18,7 @@ from training.failure import Failure
 
 EXIT_CODE = 76
 POLL_SECONDS = 2.0
+END_SECONDS = 8.0  # for the stacks of all ranks, whatever becomes of the disk they go to
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,18 @@ class Watchdog:
         self.budgets, self.failure = budgets, failure
         self.now: tuple[str, int] = ("start", 0)  # replaced as a whole: needs no lock
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.ending = threading.Lock()
+        # Two, because who looks for an alarm on a disk that hangs looks for ever.
+        self.threads = [threading.Thread(target=part, name=part.__name__, daemon=True)
+                        for part in (self._watch, self._listen)]
 
     def enter(self, phase: str) -> None:
         """A new turn of a phase begins now."""
         self.now = (phase, self.now[1] + 1)
 
     def __enter__(self) -> "Watchdog":
-        self.thread.start()
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -68,20 +75,33 @@ class Watchdog:
             spent += min(now - before, 2 * POLL_SECONDS)
             before = now
             budget = getattr(self.budgets, seen[0])
-            alarm = self.failure.read_alarm()
-            if alarm:
-                self._end(alarm[0], f"follows {alarm[1]}")
-            elif spent > budget:
+            if spent > budget:
                 self._end(EXIT_CODE, f"phase '{seen[0]}' took more than watchdog.{seen[0]}="
                                      f"{budget:g} seconds")
 
+    def _listen(self) -> None:
+        while not self.stopped.wait(POLL_SECONDS):
+            alarm = self.failure.read_alarm()
+            if alarm:
+                self._end(alarm[0], f"follows {alarm[1]}")
+
     def _end(self, code: int, reason: str) -> None:
-        self.failure.write(reason, code, self.now[0])
-        if self.stopped.is_set():  # it moved after all while the stacks were written
+        if not self.ending.acquire(blocking=False):
             return
-        print(
-            f"error: rank {self.failure.world.rank}: {reason}; stacks of all ranks, last batch, "
-            f"memory and configuration are in {self.failure.folder}", file=sys.stderr, flush=True,
-        )
-        self.failure.wait_for_others()
+        bound = threading.Timer(END_SECONDS, os._exit, (code,))
+        bound.daemon = True
+        bound.start()
+        where = f"stacks of all ranks, last batch, memory and configuration are in " \
+                f"{self.failure.folder}"
+        try:
+            self.failure.write(reason, code, self.now[0])
+        except OSError as error:
+            where = f"nothing could be written of it: {error}"
+        if self.stopped.is_set():  # it moved after all while the stacks were written
+            bound.cancel()
+            return
+        print(f"error: rank {self.failure.world.rank}: {reason}; {where}", file=sys.stderr,
+              flush=True)
+        with contextlib.suppress(OSError):
+            self.failure.wait_for_others()
         os._exit(code)
