@@ -51,7 +51,7 @@ from training.guard import BadNumbersError, Drawn
 from training.health import Health, group_places
 from training.metrics import Clock, MetricWriter
 from training.resume import check_resume
-from training.run_dir import CheckpointError
+from training.run_dir import CheckpointError, SaveError
 from training.run_lock import lock_run
 from training.safety import Agreed, Safety
 from training.tags import Retention, find_checkpoint
@@ -284,6 +284,8 @@ def main(arguments: list[str]) -> int:
         if started or os.environ.get("LOCAL_RANK", "0") == "0":
             where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        if isinstance(error, SaveError):
+            return 1  # a disk may be well again: worth another start
         return BAD_NUMBERS if isinstance(error, BadNumbersError) else 78
     finally:
         if started:  # a peer that is gone must not keep this rank

@@ -16,6 +16,9 @@ from data.schema import load_metadata, save_metadata
 from tests.launch import ROOT, records, run, torchrun
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
+from training.distributed import World
+from training.run_dir import CheckpointError, SaveError
+from training.run_lock import lock_run
 
 STEPS, GLOBAL_BATCH = 10, 8
 TAGS = ("train/loss_video", "train/loss_audio")
@@ -260,6 +263,27 @@ def test_data_of_other_encoders_are_refused(world, tmp_path, capsys, name, folde
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert f"error: data.root={root}: fingerprints.{name}=000000000000, but {folder}=" in error
+
+
+def test_a_disk_that_failed_a_save_is_worth_another_start(world, capsys, monkeypatch):
+    monkeypatch.setattr(train, "start", lambda world, minutes: None)
+    monkeypatch.setattr(train.faulthandler, "dump_traceback_later", lambda *seconds, exit: None)
+
+    def run(*unused):
+        raise SaveError("checkpoint step00000005 was not written")
+
+    monkeypatch.setattr(train, "run", run)
+    assert train.main([f"{world}/run.yaml"]) == 1
+    assert capsys.readouterr().err.strip().endswith("checkpoint step00000005 was not written")
+
+
+def test_a_run_directory_that_cannot_be_is_named(world, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match=f"run_dir={place} cannot be written"):
+            lock_run(place, World(0, 1, 0, 1, "alone"))
+    assert train.main([f"{world}/run.yaml", f"run_dir={tmp_path}/file", "check=true"]) == 78
+    assert f"error: run_dir={tmp_path}/file is no folder" in capsys.readouterr().err
 
 
 def test_no_arguments_prints_the_usage(capsys):

@@ -24,6 +24,7 @@ from model.joint_config import JointConfig
 from model.objective import Objective
 from tools.export import load_model, read_run_file, read_setting
 from training.config import ConfigError, parse_config
+from training.guard import json_number
 from training.run_dir import CheckpointError
 from training.tags import complete_tags
 
@@ -82,9 +83,9 @@ def replay(
         if model is not None:
             with torch.no_grad():
                 losses = objective.losses(model, noised, joint.cross_modal_bias(step - 1))
-            told |= {"weights_of_step": held, "loss_video": float(losses[0])}
+            told |= {"weights_of_step": held, "loss_video": json_number(float(losses[0]))}
             if values["task"] == "t2av":
-                told["loss_audio"] = float(losses[1])
+                told["loss_audio"] = json_number(float(losses[1]))
         yield told
 
 

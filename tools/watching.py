@@ -67,7 +67,11 @@ class Bench(NamedTuple):
                 found["ema"] = rows()
             values |= summarise(found["ema"], VALIDATION_T, "_ema")
         if self.world.is_main:
-            write_rows(Path(self.config.run_dir), step, found, VALIDATION_T)
+            try:
+                write_rows(Path(self.config.run_dir), step, found, VALIDATION_T)
+            except OSError as error:  # one rank's alone: the others have gone on
+                print(f"warning: held-out losses of step {step} per sample are not kept: {error}",
+                      file=sys.stderr, flush=True)
         return values
 
     def look_inside(self, step: int) -> dict[str, float]:

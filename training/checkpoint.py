@@ -21,7 +21,7 @@ import torch
 from training.distributed import World, broadcast_object, gather_objects
 from training.ema import EMA
 from training.manifest import Manifest, read_manifest, write_manifest
-from training.run_dir import CheckpointError, write_text
+from training.run_dir import CheckpointError, SaveError, write_text
 from training.shards import (
     MOMENTS,
     Piece,
@@ -145,8 +145,8 @@ def _settle(problem: str | None, tag: Path, world: World) -> None:
         remove(tag)
     problem = broadcast_object(problem, world)
     if problem:
-        raise CheckpointError(f"checkpoint {tag.name} was not written and has been removed "
-                              f"({problem}); the ones before it are as they were")
+        raise SaveError(f"checkpoint {tag.name} was not written and has been removed ({problem}); "
+                        "the ones before it are as they were")
 
 
 def load_checkpoint(

@@ -53,11 +53,11 @@ class Drawn(NamedTuple):
 
     def lines(self, rank: int) -> list[dict[str, Any]]:
         rows = zip(self.sample_ids, self.t.tolist(), self.losses.tolist(), strict=True)
-        return [{"rank": rank, "id": name, "t": t, "losses": [_json(loss) for loss in losses]}
+        return [{"rank": rank, "id": name, "t": t, "losses": [json_number(loss) for loss in losses]}
                 for name, t, losses in rows]
 
 
-def _json(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)  # NaN is no JSON
 
 
@@ -143,8 +143,9 @@ class Guard:
         parts = gather_objects(drawn.lines(self.world.rank), self.world)
         samples = [line for part in parts for line in part]
         if self.world.is_main:
-            line = {"step": drawn.step, "epoch": drawn.epoch, "kind": kind, "loss": _json(loss),
-                    "applied": applied, "in_a_row": self.in_a_row, "samples": samples}
+            line = {"step": drawn.step, "epoch": drawn.epoch, "kind": kind,
+                    "loss": json_number(loss), "applied": applied, "in_a_row": self.in_a_row,
+                    "samples": samples}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         broken = [s for s in samples if any(isinstance(x, str) for x in s["losses"])]

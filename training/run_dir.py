@@ -13,6 +13,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, found or trusted."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written: the disk's fault, which may pass."""
+
+
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str))
 

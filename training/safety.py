@@ -8,7 +8,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,8 @@ class Safety:
     def __exit__(self, *raised: Any) -> None:
         self.watchdog.__exit__()
         if raised[1] is not None:
-            self.status("failed", reason=f"{raised[0].__name__}: {raised[1]}")
+            with suppress(OSError):  # what was raised matters more
+                self.status("failed", reason=f"{raised[0].__name__}: {raised[1]}")
         self.failure.__exit__(*raised)
         self.requests.close()
 
