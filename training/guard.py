@@ -58,7 +58,8 @@ class Drawn(NamedTuple):
 
 
 def json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # NaN is no JSON
+    """The number, or its name ("nan", "inf"), for which JSON has no number."""
+    return value if math.isfinite(value) else str(value)
 
 
 class Guard:
