@@ -99,14 +99,16 @@ def train_step(
         # weights make it one over its samples with sound.
         loss = objective.total(video.mean(), (audio * weight[part]).mean())
         last = begin + micro >= len(batch.sample_ids)
-        engine.backward(safety.guard.screen(loss, last))
+        screened = safety.guard.screen(loss, last)
         watch.losses(t[part], video, audio, noised.has_audio)
+        losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
+        engine.backward(screened)
         if last:
+            safety.tell(watch.take_sums())
             watch.before_update(logged)
         engine.step()
-        losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
     drawn = Drawn(step, epoch, batch.sample_ids, t, torch.cat(losses))
-    return safety.after_step(watch.take_sums(), drawn, engine.was_step_applied())
+    return safety.after_step(drawn, engine.was_step_applied())
 
 
 def rate_factor(step: int, config: RunConfig) -> float:

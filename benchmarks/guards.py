@@ -1,9 +1,9 @@
 """What all guards cost per step: the same engine, with and without them, in alternating blocks.
 
-    python -m benchmarks.guards [--width tiny|playground|real] [--pairs N]        # one rank
-    torchrun --nproc-per-node=2 -m benchmarks.guards ...               # with the all-reduce
+    python -m benchmarks.guards [--width tiny|playground|real|eighth] [--pairs N]        # one rank
+    torchrun --nproc-per-node=2 -m benchmarks.guards ...               # with the gather
 
-"With" is train.py's own step and loop calls: screened losses, the all-reduce of losses and votes
+"With" is train.py's own step and loop calls: screened losses, the gather of losses and votes
 read by the host, phases under a watchdog, the batch in hand remembered, skips judged, stragglers
 compared every 10 steps. "Without" accumulates the losses on the device and reduces them every 10
 steps. Prints medians, and the median of the paired ratios with a 95 % bootstrap interval.
@@ -38,6 +38,7 @@ from training.safety import Agreed, Safety
 from training.watchdog import WatchdogConfig
 
 LOG_EVERY = 10
+REAL = ("real", "eighth")
 TINY_VIDEO = VideoDiTConfig(num_attention_heads=4, attention_head_dim=16, text_dim=32, ffn_dim=128,
                             num_layers=4)
 TINY_AUDIO = AudioDiTConfig(in_channels=6, num_layers=1, num_single_layers=2, attention_head_dim=16,
@@ -65,8 +66,10 @@ class Without:
     def screen(self, loss: torch.Tensor, last: bool) -> torch.Tensor:
         return loss
 
-    def after_step(self, sums: torch.Tensor, drawn: Any, applied: bool) -> Agreed:
+    def tell(self, sums: torch.Tensor) -> None:
         self.sums.append(sums)
+
+    def after_step(self, drawn: Any, applied: bool) -> Agreed:
         if len(self.sums) == LOG_EVERY:
             sum_over_ranks(torch.stack(self.sums).sum(dim=0)).tolist()
             self.sums = []
@@ -92,6 +95,7 @@ def build(width: str, world: Any) -> tuple[Any, Batch]:
     tiny: the tests' towers, one sample. playground: the shipped towers and micro-batch, as in
     `make quickstart`. real: Wan's width with one block, one sample; its FFN is a fifth of Wan's:
     what fits into 6 GB with AdamW, so that the overhead is not flattered by a longer step.
+    eighth: Wan's width and FFN, 4 of its 30 blocks, one sample.
     """
     torch.manual_seed(0)
     if width == "tiny":
@@ -102,11 +106,12 @@ def build(width: str, world: Any) -> tuple[Any, Batch]:
         config = AVFullDiTConfig(task="t2av", video=VIDEO, audio=AUDIO, num_joint_blocks=4, **RATES)
         latents, sound, rows, text = (VIDEO.in_channels, 13, 4, 6), (64, 16), 64, (96, 64)
     else:
-        video = dataclasses.replace(VideoDiTConfig(), num_layers=1, ffn_dim=3072)
+        narrow = {"num_layers": 1, "ffn_dim": 3072} if width == "real" else {"num_layers": 4}
+        video = dataclasses.replace(VideoDiTConfig(), **narrow)
         config = AVFullDiTConfig(task="t2v", video=video, audio=None, num_joint_blocks=1, **RATES)
         latents, sound, rows, text = (48, 2, 8, 8), (12, 6), 64, (4096, 4096)
     size = 4 if width == "playground" else 1
-    engine_config = {"train_micro_batch_size_per_gpu": size, "bf16": {"enabled": width == "real"},
+    engine_config = {"train_micro_batch_size_per_gpu": size, "bf16": {"enabled": width in REAL},
                      "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000,
                                            "allgather_bucket_size": 50_000_000}}
     completed = complete_ds_config(engine_config, size * world.world_size, 1.0, world.world_size)
@@ -161,14 +166,14 @@ def time_sample_check() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", choices=("tiny", "playground", "real"), default="tiny")
+    parser.add_argument("--width", choices=("tiny", "playground", *REAL), default="tiny")
     parser.add_argument("--pairs", type=int, default=40, help="of blocks, one with, one without")
     parser.add_argument("--block", type=int, default=10, help="steps")
     arguments = parser.parse_args()
     world = resolve_world(os.environ)
     start(world, 10)
     engine, batch = build(arguments.width, world)
-    objective = Objective("t2v" if arguments.width == "real" else "t2av", 0,
+    objective = Objective("t2v" if arguments.width in REAL else "t2av", 0,
                           FlowConfig(caption_dropout=0.0))
     with tempfile.TemporaryDirectory() as folder, Safety(
             {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -185,6 +185,23 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def start_sum_over_ranks(values: torch.Tensor, world: World) -> Callable[[], torch.Tensor]:
+    """The sum over ranks of values (n,), few; the caller goes on, the call returned waits.
+
+    Gathered and summed in the order of ranks: for so little a third of an all-reduce's cost.
+    """
+    if world.world_size == 1:
+        return lambda: values
+    rows = values.new_empty(world.world_size * len(values))
+    work = dist.all_gather_into_tensor(rows, values, async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return rows.view(world.world_size, -1).sum(dim=0)
+
+    return finish
 
 
 def broadcast_object(value: Any, world: World) -> Any:

@@ -104,7 +104,9 @@ class Guard:
         if not math.isfinite(loss) or len(self.history) < self.config.spike_window // 2:
             return False
         mean = statistics.fmean(self.history)
-        return loss > mean + self.config.spike_sigmas * statistics.pstdev(self.history, mean)
+        # statistics.pstdev computes with fractions: five times slower, at every step.
+        deviation = math.sqrt(statistics.fmean((past - mean) ** 2 for past in self.history))
+        return loss > mean + self.config.spike_sigmas * deviation
 
     def judge(self, loss: float, applied: bool, drawn: Drawn, last_good: Path | None) -> str | None:
         """After a step: what to say about it, if anything.

@@ -1,7 +1,8 @@
 """What guards a run, behind the few calls that the loop makes: see the module of each part.
 
-One small all-reduce per step carries the losses, the guard's loss and the votes to stop or save;
-so every rank knows the same at the same step. Called by train.py.
+One small gather per step carries the losses, the guard's loss and the votes to stop or save;
+so every rank knows the same at the same step. It travels while the weights are updated. Called by
+train.py.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from training.config import ConfigError
-from training.distributed import World, broadcast_object, sum_over_ranks
+from training.distributed import World, broadcast_object, start_sum_over_ranks
 from training.failure import Failure, Last
 from training.guard import Drawn, Guard, GuardConfig
 from training.signals import STOP_FILE, Requests, stop_reason
@@ -105,21 +106,26 @@ class Safety:
         self.began = time.monotonic()
         self.failure.last = Last(step, epoch, batch, t)
 
-    def after_step(self, sums: torch.Tensor, drawn: Drawn, applied: bool) -> Agreed:
-        """Collective: agree on the step's sums (n,) and on whether to stop or save.
+    def tell(self, sums: torch.Tensor) -> None:
+        """Collective: send the others this rank's sums (n,) of the step and its votes.
+
+        After the step's last backward pass: the update hides the exchange.
+        """
+        votes = torch.tensor(self.requests.votes(), dtype=torch.float64)
+        local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
+        self.told = start_sum_over_ranks(local, self.world)
+
+    def after_step(self, drawn: Drawn, applied: bool) -> Agreed:
+        """What all ranks told: the step's sums, and whether to stop or save.
 
         Raises:
             BadNumbersError: on every rank.
         """
-        votes = torch.tensor(self.requests.votes(), dtype=torch.float64)
-        local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
-        values = sum_over_ranks(local).tolist()
-        loss, votes_of_all = values[len(sums)] / self.world.world_size, values[len(sums) + 1 :]
-        self.stop, self.save = stop_reason(votes_of_all), bool(votes_of_all[3])
-        said = self.guard.judge(loss, applied, drawn, self.last_good)
+        *sums, loss, by_signal, by_time, stop_file, save_file = self.told().tolist()
+        self.stop, self.save = stop_reason([by_signal, by_time, stop_file]), bool(save_file)
+        said = self.guard.judge(loss / self.world.world_size, applied, drawn, self.last_good)
         self.requests.took("step", time.monotonic() - self.began)
-        kept = values[: len(sums)] if applied else [0.0] * len(sums)
-        return Agreed(kept, applied, said)
+        return Agreed(sums if applied else [0.0] * len(sums), applied, said)
 
     def finish(self, step: int, validate_only: bool = False) -> str:
         """Leave the run's status for whoever started it; how it ended, in words."""

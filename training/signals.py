@@ -2,8 +2,8 @@
 
 Slurm sends SIGUSR1 ahead of a time limit and SIGTERM before it preempts, to any or all ranks, and
 more than once. A handler here only counts; what any one rank knows travels with the step's own
-all-reduce as a vote (`Requests.votes`), so that all ranks stop after the same step. Called by
-train.py, before the loader's workers exist.
+gather as a vote (`Requests.votes`), so that all ranks stop after the same step: the one in hand, or
+the next if this one's backward pass was over. Called by train.py, before the loader's workers are.
 """
 
 import contextlib
@@ -54,12 +54,16 @@ class Requests:
         self.longest[what] = seconds if guessed else max(seconds, self.longest.get(what, 0.0))
 
     def time_is_up(self) -> bool:
-        """Whether another step, a validation and two saves no longer fit before the job's end."""
+        """Whether two more steps, a validation and two saves no longer fit before the job's end.
+
+        Two steps: asked in the middle of one, and if it says no, next in the middle of another.
+        """
         return self.end_time is not None and time.time() + self.reserve() >= self.end_time
 
     def reserve(self) -> float:
         """Seconds to keep before the end."""
-        return SAFETY_SECONDS + sum(self.longest.values()) + self.longest["checkpoint"]
+        again = self.longest["checkpoint"] + self.longest.get("step", 0.0)
+        return SAFETY_SECONDS + sum(self.longest.values()) + again
 
     def votes(self) -> list[float]:
         """[signal, time, STOP file, SAVE file], each 0 or 1, to be summed over the ranks."""

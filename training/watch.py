@@ -1,6 +1,6 @@
 """What is measured between two records: losses by t, work done, time, norms, memory.
 
-A step's sums ride on the one all-reduce that every step has anyway; norms are read at the steps
+A step's sums ride on the one gather that every step has anyway; norms are read at the steps
 that are logged. Nothing here draws a random number or touches a gradient. Called by train.py.
 """
 
