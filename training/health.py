@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -93,11 +92,8 @@ class Health:
                         fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
                         yield self.names[id(p)], fragment.view(-1)
         else:
-            groups = kept.fp16_groups if isinstance(kept, FP16_UnfusedOptimizer) else [
-                group["params"] for group in kept.param_groups
-            ]
-            yield from ((self.names[id(p)], p.grad) for group in groups for p in group
-                        if p.grad is not None)
+            yield from ((self.names[id(p)], p.grad) for group in kept.param_groups
+                        for p in group["params"] if p.grad is not None)
 
     def _stage3(self, kept: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
         for index, group in enumerate(kept.fp16_groups):
