@@ -33,6 +33,7 @@ def test_budget_of_a_resumed_run_names_hours_and_requeues(tmp_path):
     tag.mkdir(parents=True)
     (tag / "weights").write_bytes(b"x" * 20_000_000)
     assert "a checkpoint takes 0.02 GB" in budget(tmp_path, 60, 61, 2, 1, False, {})
+    assert budget(tmp_path, 60, 50, 2, 1, False, {}).startswith("budget: 0 steps to go")
 
 
 def test_summary_names_first_last_and_best(tmp_path):

@@ -126,7 +126,7 @@ def test_scancel_saves_and_stays_cancelled(runs, slurm, reference):
     assert slurm.show(job)["JobState"] == "CANCELLED" and slurm.show(job)["Restarts"] == "0"
     jobs = (runs.run_dir("cancel") / "jobs.jsonl").read_text().splitlines()
     assert json.loads(jobs[-1])["event"] == "END"  # or tools.status would wait for it for ever
-    assert "preempted: signal, goes on when" in runs.status("cancel")
+    assert "preempted: signal, goes on when requeued" in runs.status("cancel")
     # Submitted again it goes on, on as many nodes as are free: n2 may still be clearing up.
     step = runs.checkpoints("cancel")[-1]
     again = runs.submit("cancel", nodes="1-2", overrides=("max_steps=12",))

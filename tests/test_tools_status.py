@@ -111,10 +111,31 @@ def test_what_becomes_of_a_preempted_one(folder):
     end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4, "exit": 0}
     with open(folder / "jobs.jsonl", "a") as file:
         file.write(json.dumps(end) + "\n")
-    assert "preempted: signal, goes on when Slurm requeues the job or somebody" in report(
+    assert "preempted: signal, goes on when requeued or submitted again (squeue --me)" in report(
         read_run(folder))
     assert decide(folder, 0)[0]
-    assert "preempted: signal, in the queue again, last sign" in report(read_run(folder))
+    told = report(read_run(folder))
+    assert "preempted: signal, in the queue again unless cancelled (squeue --me), last" in told
+    assert "requeued 2 times, 2 of them by the job itself" in told
+    os.remove(folder / "requeues.jsonl")  # as it is where Slurm or a person requeued
+    assert "requeued 1 times, 0 of them by the job itself" in report(read_run(folder))
+
+
+def test_a_crash_that_is_in_the_queue_again(folder):
+    end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4,
+           "exit": 137}
+    with open(folder / "jobs.jsonl", "a") as file:
+        file.write(json.dumps(end) + "\n")
+    assert "ended with exit 137 0 s ago: see the job's log, last sign" not in report(
+        read_run(folder))
+    assert decide(folder, 137)[0]
+    told = report(read_run(folder))
+    assert "exit 137 0 s ago, in the queue again unless cancelled (squeue --me)" in told
+    assert "requeued: ended in the middle of training, exit 137" in told
+    with open(folder / "jobs.jsonl", "a") as file:  # by hand, then a requeue by the job
+        file.write(json.dumps(end | {
+            "event": "START", "time": time.time() + 30, "job": "7-2", "exit": None}) + "\n")
+    assert "requeued 2 times, 2 of them by the job itself" in report(read_run(folder))
 
 
 def test_a_hopeless_exit_is_explained(folder):

@@ -4,12 +4,14 @@ Run by `make quickstart`. It prints each command before running it, and exits no
 held-out loss of both modalities fell and the sampled clip has a picture and sound.
 """
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +75,8 @@ def check_clip(path: Path, spec: CutSpec) -> None:
         raise QuickstartError(f"{path}: the picture is one flat colour")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    argparse.ArgumentParser(prog="make quickstart", description=__doc__).parse_args(arguments)
     began = time.perf_counter()
     if ROOT.exists():
         shutil.rmtree(ROOT)
@@ -117,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

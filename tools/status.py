@@ -23,6 +23,7 @@ from training.status import HOPELESS, TIME_FORMAT, is_told, read_status
 RECENT = 20  # training records that speed and mean loss are taken from
 SILENT_SECONDS = 600.0  # beyond this and ten log periods, "running" is doubted
 WATCH_SECONDS = 5.0
+QUEUED = ", in the queue again unless cancelled (squeue --me)"  # which these files cannot know
 
 
 class StatusError(ValueError):
@@ -120,8 +121,8 @@ def describe_state(run: Run) -> str:
     if last.get("event") == "END" and (state == "running" or not told):
         where = ", in preflight" if last.get("stage") == "preflight" else ""
         why = f" ({HOPELESS[last['exit']]})" if last["exit"] in HOPELESS else ""
-        return (f"ended with exit {last['exit']}{why} {ago(run.now - last['time'])} ago{where}: "
-                "see the job's log")
+        return (f"ended with exit {last['exit']}{why} {ago(run.now - last['time'])} ago{where}"
+                f"{QUEUED if waits(run, last) else ''}: see the job's log")
     starting = last.get("event") == "START" and not told
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
     if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
@@ -131,10 +132,14 @@ def describe_state(run: Run) -> str:
         return f"starting{before}; last sign {ago(silent)} ago"
     reason = f": {run.status['reason']}" if run.status.get("reason") else ""
     if state == "preempted" and last.get("event") == "END":
-        newest = run.requeues[-1]["time"] if run.requeues else 0.0
-        reason += ", in the queue again" if newest >= last["time"] - 1 else \
-            ", goes on when Slurm requeues the job or somebody submits it again"
+        reason += QUEUED if waits(run, last) else \
+            ", goes on when requeued or submitted again (squeue --me)"
     return f"{state}{reason}, last sign {ago(silent)} ago"
+
+
+def waits(run: Run, last: dict[str, Any]) -> bool:
+    """Whether the job put itself into the queue after its last line in jobs.jsonl."""
+    return bool(run.requeues) and run.requeues[-1]["time"] >= last["time"] - 1
 
 
 def mean(records: list[dict[str, Any]], tag: str) -> float:
@@ -194,7 +199,7 @@ def describe_jobs(run: Run) -> list[str]:
             f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
             f"{'ended' if ended else 'started'} {ago(run.now - jobs[-1]['time'])} ago")
         nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
-        again = max(restarts, len(run.requeues))
+        again = restarts + waits(run, jobs[-1])
         lines.append(f"starts      {len(starts)}, on {nodes}; requeued {again} times, "
                      f"{len(run.requeues)} of them by the job itself")
     return lines

@@ -78,9 +78,10 @@ def budget(
     """
     recent = [record["time/step_seconds"] for record in read_records(run_dir)
               if "time/step_seconds" in record][-RECENT:]
-    words = f"budget: {max_steps - step} steps to go"
+    to_go = max(0, max_steps - step)  # a run may be resumed with fewer steps than it has done
+    words = f"budget: {to_go} steps to go"
     if recent:
-        left = statistics.median(recent) * (max_steps - step)
+        left = statistics.median(recent) * to_go
         words += f" at {statistics.median(recent):.2f} s, {left / 3600:.1f} h"
         end = environ.get("SLURM_JOB_END_TIME", "")
         if end.isdigit():

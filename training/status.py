@@ -19,6 +19,7 @@ from training.config import ConfigError, overlay, parse_overrides, read_yaml
 
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+UNTOLD = {"running": "ended in the middle of training", "unknown": "ended before it trained"}
 FRUITLESS_STARTS = 2  # requeues without a new checkpoint before it is called a crash loop
 
 
@@ -74,6 +75,7 @@ def decide(run_dir: Path, code: int) -> tuple[bool, str]:
     before = [json.loads(line)["step"] for line in lines[-FRUITLESS_STARTS:]]
     if len(before) == FRUITLESS_STARTS and all(old == step for old in before):
         return False, f"{FRUITLESS_STARTS} requeues brought no checkpoint after step {step}"
+    state = UNTOLD.get(state, state)
     why = f"{state}, exit {code}, newest checkpoint at step {step}"
     if run_dir.is_dir():
         with open(ledger, "a", encoding="utf-8") as file:
