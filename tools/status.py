@@ -199,7 +199,8 @@ def describe_jobs(run: Run) -> list[str]:
             f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
             f"{'ended' if ended else 'started'} {ago(run.now - jobs[-1]['time'])} ago")
         nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
-        again = restarts + waits(run, jobs[-1])
+        # A resubmitted job counts its restarts anew, the ledger does not.
+        again = max(restarts + waits(run, jobs[-1]), len(run.requeues))
         lines.append(f"starts      {len(starts)}, on {nodes}; requeued {again} times, "
                      f"{len(run.requeues)} of them by the job itself")
     return lines

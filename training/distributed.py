@@ -196,6 +196,8 @@ def start_sum_over_ranks(values: torch.Tensor, world: World) -> Callable[[], tor
         return lambda: values
     rows = values.new_empty(world.world_size * len(values))
     work = dist.all_gather_into_tensor(rows, values, async_op=True)
+    if values.is_cuda:  # orders the stream: two NCCL communicators must not run side by side
+        work.wait()
 
     def finish() -> torch.Tensor:
         work.wait()

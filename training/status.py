@@ -19,7 +19,7 @@ from training.config import ConfigError, overlay, parse_overrides, read_yaml
 
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-UNTOLD = {"running": "ended in the middle of training", "unknown": "ended before it trained"}
+UNTOLD = {"running": "ended without a word", "unknown": "ended before it trained"}
 FRUITLESS_STARTS = 2  # requeues without a new checkpoint before it is called a crash loop
 
 

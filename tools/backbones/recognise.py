@@ -120,7 +120,7 @@ def agreement(seen: np.ndarray, heard: np.ndarray) -> tuple[float, float]:
 def judge_lag(seen: list[np.ndarray], heard: list[np.ndarray]) -> dict[str, float]:
     """Mean |lag| of clips with their own sound against the same clips with exchanged sounds.
 
-    p: share of random derangement-free shuffles whose mean |lag| is as small as the clips' own.
+    p: share of random shuffles whose mean |lag| is as small as the clips' own.
     """
     count = len(seen)
     table = np.array([[abs(agreement(a, b)[0]) for b in heard] for a in seen])
@@ -175,7 +175,7 @@ def read_samples(folder: Path, count: int) -> list[tuple[Facts, np.ndarray, np.n
         facts = facts_of(path.stem)
         if facts.clip_class == "tight" and len(clips) < count:
             cut = read_cut(path, spec)
-            clips.append((facts, cut.frames, cut.audio))
+            clips.append((facts, cut.frames, cut.audio.T))
     return clips
 
 
