@@ -102,9 +102,10 @@ def train_step(
         screened = safety.guard.screen(loss, last)
         watch.losses(t[part], video, audio, noised.has_audio)
         losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
-        engine.backward(screened)
         if last:
             safety.tell(watch.take_sums())
+        engine.backward(screened)
+        if last:
             watch.before_update(logged)
         engine.step()
     drawn = Drawn(step, epoch, batch.sample_ids, t, torch.cat(losses))

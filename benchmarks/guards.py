@@ -1,12 +1,14 @@
 """What all guards cost per step: the same engine, with and without them, in alternating blocks.
 
-    python -m benchmarks.guards [--width tiny|playground|real|eighth] [--pairs N]        # one rank
+    python -m benchmarks.guards [--width tiny|playground|real|full] [--pairs N]          # one rank
     torchrun --nproc-per-node=2 -m benchmarks.guards ...               # with the gather
 
 "With" is train.py's own step and loop calls: screened losses, the gather of losses and votes
 read by the host, phases under a watchdog, the batch in hand remembered, skips judged, stragglers
 compared every 10 steps. "Without" accumulates the losses on the device and reduces them every 10
-steps. Prints medians, and the median of the paired ratios with a 95 % bootstrap interval.
+steps. Prints medians, and the median of the paired ratios with a 95 % bootstrap interval. On a CPU
+most of a large model's step is fresh memory, and most of its noise: see benchmarks/reliability.md
+for the three variables that keep it.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from training.safety import Agreed, Safety
 from training.watchdog import WatchdogConfig
 
 LOG_EVERY = 10
-REAL = ("real", "eighth")
+REAL = ("real", "full")
 TINY_VIDEO = VideoDiTConfig(num_attention_heads=4, attention_head_dim=16, text_dim=32, ffn_dim=128,
                             num_layers=4)
 TINY_AUDIO = AudioDiTConfig(in_channels=6, num_layers=1, num_single_layers=2, attention_head_dim=16,
@@ -89,13 +91,13 @@ class Sums:
         return self.columns
 
 
-def build(width: str, world: Any) -> tuple[Any, Batch]:
+def build(width: str, layers: int, world: Any) -> tuple[Any, Batch]:
     """An engine and one rank's batch, random.
 
     tiny: the tests' towers, one sample. playground: the shipped towers and micro-batch, as in
     `make quickstart`. real: Wan's width with one block, one sample; its FFN is a fifth of Wan's:
     what fits into 6 GB with AdamW, so that the overhead is not flattered by a longer step.
-    eighth: Wan's width and FFN, 4 of its 30 blocks, one sample.
+    full: Wan's width and FFN, `layers` of its 30 blocks, one sample.
     """
     torch.manual_seed(0)
     if width == "tiny":
@@ -106,7 +108,7 @@ def build(width: str, world: Any) -> tuple[Any, Batch]:
         config = AVFullDiTConfig(task="t2av", video=VIDEO, audio=AUDIO, num_joint_blocks=4, **RATES)
         latents, sound, rows, text = (VIDEO.in_channels, 13, 4, 6), (64, 16), 64, (96, 64)
     else:
-        narrow = {"num_layers": 1, "ffn_dim": 3072} if width == "real" else {"num_layers": 4}
+        narrow = {"num_layers": 1, "ffn_dim": 3072} if width == "real" else {"num_layers": layers}
         video = dataclasses.replace(VideoDiTConfig(), **narrow)
         config = AVFullDiTConfig(task="t2v", video=video, audio=None, num_joint_blocks=1, **RATES)
         latents, sound, rows, text = (48, 2, 8, 8), (12, 6), 64, (4096, 4096)
@@ -167,12 +169,13 @@ def time_sample_check() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", choices=("tiny", "playground", *REAL), default="tiny")
+    parser.add_argument("--layers", type=int, default=4, help="with --width full")
     parser.add_argument("--pairs", type=int, default=40, help="of blocks, one with, one without")
     parser.add_argument("--block", type=int, default=10, help="steps")
     arguments = parser.parse_args()
     world = resolve_world(os.environ)
     start(world, 10)
-    engine, batch = build(arguments.width, world)
+    engine, batch = build(arguments.width, arguments.layers, world)
     objective = Objective("t2v" if arguments.width in REAL else "t2av", 0,
                           FlowConfig(caption_dropout=0.0))
     with tempfile.TemporaryDirectory() as folder, Safety(

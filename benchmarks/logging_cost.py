@@ -1,13 +1,13 @@
 """What logging costs: training steps in interleaved blocks, everything on and everything off.
 
-    python -m benchmarks.logging_cost [--blocks 6] [--steps 3] [--layers 1]
+    python -m benchmarks.logging_cost [--pairs 12] [--steps 1] [--batch 1] [--log-every 1]
 
-The real widths of both towers (3072 and 1024), few layers, one 2 s clip a step, the real engine.
-"On" logs every step with norms per part, FLOPs and TensorBoard; "off" leaves all of that out. The
-blocks alternate, so that a machine that slows down slows both; the medians of single steps are
-compared, on a CPU in seconds of processor time, which other work on the machine does not lengthen.
-The cost grows with the parameters, not with the clip (`--frames` shortens it). Gauges and held-out
-losses are not logging: their time is on record as validation.
+The real widths of both towers (3072 and 1024), few layers, 2 s clips, the real engine.
+"On" sums losses and work at every step, and logs norms per part, FLOPs and TensorBoard at every
+`--log-every`-th; "off" leaves all of that out. The blocks alternate, so that a machine that slows
+down slows both. Prints the median of the paired ratios with a 95 % bootstrap interval. The cost
+grows with the parameters, not with what a step trains on (`--batch`, `--frames`). Gauges and
+held-out losses are not logging: their time is on record as validation.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.guards import interval
 from model import AVFullDiT, AVFullDiTConfig
 from model.audio_blocks import AudioDiTConfig
 from model.flops import training_work
@@ -38,24 +39,26 @@ from training.metrics import Clock, MetricWriter
 from training.watch import Scale, Watch
 
 
-def inputs(frames: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random numbers in the shapes of a clip of `frames` latent frames at 192 x 320; 2 s are 13."""
+def inputs(size: int, frames: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random numbers in the shapes of clips of `frames` latent frames at 192 x 320; 2 s are 13."""
     return {
-        "noisy_video": torch.randn(1, 48, frames, 12, 20, device=device),
-        "t": torch.tensor([0.7], device=device),
-        "video_text": torch.randn(1, 128, 4096, device=device),
-        "noisy_audio": torch.randn(1, 44, 64, device=device),
-        "audio_text": torch.randn(1, 64, 1024, device=device),
-        "audio_text_mask": torch.ones(1, 64, dtype=torch.bool, device=device),
-        "duration": torch.tensor([2.04], device=device),
+        "noisy_video": torch.randn(size, 48, frames, 12, 20, device=device),
+        "t": torch.full((size,), 0.7, device=device),
+        "video_text": torch.randn(size, 128, 4096, device=device),
+        "noisy_audio": torch.randn(size, 44, 64, device=device),
+        "audio_text": torch.randn(size, 64, 1024, device=device),
+        "audio_text_mask": torch.ones(size, 64, dtype=torch.bool, device=device),
+        "duration": torch.full((size,), 2.04, device=device),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=12, help="of blocks, one on and one off")
+    parser.add_argument("--steps", type=int, default=1, help="of a block")
+    parser.add_argument("--log-every", type=int, default=1, help="a divisor of --steps")
     parser.add_argument("--layers", type=int, default=1, help="joint layers; none is unimodal")
+    parser.add_argument("--batch", type=int, default=1, help="clips a step")
     parser.add_argument("--frames", type=int, default=13)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     arguments = parser.parse_args()
@@ -70,46 +73,56 @@ def main() -> None:
     model = AVFullDiT(config)
     precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     ds_config = complete_ds_config(
-        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
-        | (precision if arguments.dtype == "bf16" else {}), 1, 1.0, 1)
+        {"train_micro_batch_size_per_gpu": arguments.batch, "zero_optimization": {"stage": 2}}
+        | (precision if arguments.dtype == "bf16" else {}), arguments.batch, 1.0, 1)
     new, optimizer = new_parameter_names(model), ds.OptimizerConfig()
     engine, _ = ds.build_engine(model, new, optimizer, ds_config)
     health = Health(engine, part_of, group_places(engine.module, new, optimizer), world)
-    watch = Watch(engine, health, Scale(1, (1.0, 1.0), 1.0, 1, 1.0),
+    watch = Watch(engine, health, Scale(arguments.batch, (1.0, 1.0), 1.0, 1, 1.0),
                   partial(training_work, config), None)
-    objective, batch = Objective("t2av", 0, FlowConfig()), inputs(arguments.frames, engine.device)
-    clock, seconds = Clock(), {True: [], False: []}  # type: ignore[var-annotated]
-    now = time.perf_counter if engine.device.type == "cuda" else time.process_time
+    objective, batch = Objective("t2av", 0, FlowConfig()), inputs(
+        arguments.batch, arguments.frames, engine.device)
+    clock, step = Clock(), 0
+    blocks: dict[str, list[tuple[float, float]]] = {"on": [], "off": []}
     with tempfile.TemporaryDirectory() as folder:
         writer = MetricWriter(Path(folder), 0, 1)
-        step = 0
-        for block in range(2 * arguments.blocks + 1):
-            on = block % 2 == 0
-            for _ in range(arguments.steps):
-                began, step = now(), step + 1
-                video, audio = engine(**batch)
-                losses = video.square().mean(), audio.square().mean()
-                engine.backward(objective.total(*losses))
-                if on:
-                    watch.losses(batch["t"].cpu(), losses[0][None], losses[1][None],
-                                 torch.ones(1, device=engine.device))
-                    watch.before_update(True)
-                engine.step()
-                if on:
-                    watch.add(watch.take_sums().tolist(), True)
-                    values = watch.record(step, 0, clock.tick(1), defaultdict(float))
-                    writer.step(step, values, clock)
-                elif engine.device.type == "cuda":
+        for pair in range(-1, arguments.pairs):  # the first pair warms up
+            for name in sorted(blocks, reverse=pair % 2 == 0):
+                began, worked = time.perf_counter(), time.process_time()
+                for _ in range(arguments.steps):
+                    step += 1
+                    logged = step % arguments.log_every == 0
+                    video, audio = engine(**batch)
+                    losses = video.square().mean(), audio.square().mean()
+                    engine.backward(objective.total(*losses))
+                    if name == "on":
+                        each = (loss.expand(arguments.batch) for loss in losses)
+                        watch.losses(batch["t"].cpu(), *each,
+                                     torch.ones(arguments.batch, device=engine.device))
+                        watch.before_update(logged)
+                    engine.step()
+                    if name == "on":
+                        watch.add(watch.take_sums().tolist(), True)
+                    if name == "on" and logged:
+                        values = watch.record(step, 0, clock.tick(watch.here), defaultdict(float))
+                        writer.step(step, values, clock)
+                if engine.device.type == "cuda":
                     torch.cuda.synchronize()
-                if block:  # the first block warms up
-                    seconds[on].append(now() - began)
+                if pair >= 0:
+                    spent = time.perf_counter() - began, time.process_time() - worked
+                    blocks[name].append(spent)
         writer.close(step, {"task": "t2av"})
     shutdown()
-    on, off = (statistics.median(seconds[key]) for key in (True, False))
     count = ds.count_parameters(model.parameters())
-    print(f"{count:,} parameters, {arguments.dtype}, {engine.device}, {os.cpu_count()} CPUs: "
-          f"on {on:.4f} s, off {off:.4f} s a step, cost {on / off - 1:+.2%} "
-          f"({len(seconds[True])} and {len(seconds[False])} steps, interleaved)")
+    print(f"{count:,} parameters, {arguments.dtype}, {engine.device}, {os.cpu_count()} CPUs, "
+          f"{arguments.pairs} pairs of blocks of {arguments.steps} steps, "
+          f"one in {arguments.log_every} logged")
+    for column, kind in enumerate(("wall", "CPU")):
+        on, off = ([block[column] for block in blocks[name]] for name in ("on", "off"))
+        middle, low, high = interval([a / b for a, b in zip(on, off, strict=True)])
+        print(f"  {kind:4s} {statistics.median(on) / arguments.steps:.4f} s a step on, "
+              f"{statistics.median(off) / arguments.steps:.4f} off; cost {middle - 1:+.2%} "
+              f"[{low - 1:+.2%}, {high - 1:+.2%}]")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What guards a run, behind the few calls that the loop makes: see the module of each part.
 
 One small gather per step carries the losses, the guard's loss and the votes to stop or save;
-so every rank knows the same at the same step. It travels while the weights are updated. Called by
+so every rank knows the same at the same step. It travels during the backward pass. Called by
 train.py.
 """
 
@@ -109,7 +109,7 @@ class Safety:
     def tell(self, sums: torch.Tensor) -> None:
         """Collective: send the others this rank's sums (n,) of the step and its votes.
 
-        After the step's last backward pass: the update hides the exchange.
+        Before the step's last backward pass, which hides the exchange.
         """
         votes = torch.tensor(self.requests.votes(), dtype=torch.float64)
         local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
