@@ -171,7 +171,7 @@ def test_check_holds_the_run_against_the_checkpoint_that_a_start_would_resume(
     (["check=true", "world_size=3"], "world size 3 = 12"),
     (["world_size=2"], "world_size=2, but 1 ranks run"),
     (["check=maybe"], "check='maybe'"),
-    (["guard.spke=skip"], "unknown key 'guard.spke'; did you mean 'spike'"),
+    (["guard.spke=skip"], "unknown key 'guard.spke'; did you mean 'guard.spike'"),
     (["guard.max_skips=0"], "guard.max_skips=0 must be at least 1"),
     (["watchdog.data=0"], "watchdog.data=0.0 must be above 0"),
 ])

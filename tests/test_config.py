@@ -48,8 +48,10 @@ def test_values_arrive_with_their_types():
     [
         ({}, "key 'run_dir' is missing"),
         ({"run_dir": "x", "stepps": 1}, "unknown key 'stepps'; did you mean 'steps'?"),
-        ({"run_dir": "x", "inner": {"lrr": 1}}, "unknown key 'inner.lrr'; did you mean 'lr'?"),
-        ({"run_dir": "x", "maybe": {"beta": 1}}, "unknown key 'maybe.beta'; did you mean 'betas'"),
+        ({"run_dir": "x", "inner": {"lrr": 1}},
+         "unknown key 'inner.lrr'; did you mean 'inner.lr'?"),
+        ({"run_dir": "x", "maybe": {"beta": 1}},
+         "unknown key 'maybe.beta'; did you mean 'maybe.betas'"),
         ({"run_dir": "x", "steps": "many"}, "steps='many'"),
         ({"run_dir": "x", "steps": 1.5}, "steps=1.5"),
         ({"run_dir": "x", "steps": True}, "steps='true'"),

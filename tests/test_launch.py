@@ -77,12 +77,28 @@ def test_in_a_container_the_host_needs_no_environment(tmp_path, line):
                      f'{inside}\n')
     write_executable(tools / "python", "#!/bin/sh\necho no environment here >&2; exit 1\n")
     write_executable(tools / "sbatch", f'#!/bin/sh\nfor word; do last=$word; done\n'
-                     f'case "$*" in *--wrap*) sh -c "$last";; esac >>"{tmp_path}/log" 2>&1\n'
-                     f'echo 7\n')
-    done = subprocess.run(
-        ["bash", "launch/pair.sbatch", "configs/alt_merge"], cwd=tmp_path, text=True, check=False,
-        env={"PATH": f"{tools}:/usr/bin:/bin", "TMPDIR": str(tmp_path)}, capture_output=True)
+                     f'echo "$*" >>"{tmp_path}/submitted"\n'
+                     f'exec 3>&1 >>"{tmp_path}/log" 2>&1\n'
+                     f'case "$*" in *--wrap*) SLURM_JOB_ID=7 sh -c "$last";; esac\n'
+                     f'echo 7 >&3\n')
+
+    def submit():
+        return subprocess.run(
+            ["bash", "launch/pair.sbatch", "--partition=a", "--nodes=2", "configs/x"],
+            cwd=tmp_path, text=True, check=False, capture_output=True,
+            env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_TMPDIR": str(tmp_path)})
+
+    refused = submit()  # as if --partition a were meant: the prefix names no pair
+    assert refused.returncode == 78 and "each as --option=value" in refused.stderr
+    (tmp_path / "configs").mkdir()
+    for task in ("t2av", "t2v"):
+        (tmp_path / "configs" / f"x_{task}.yaml").touch()
+    done = submit()
     assert done.returncode == 0 and "run directory runs/x" in done.stdout, done
+    assert not list(tmp_path.glob("avfulldit-*"))  # the report's own folder
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    assert ["--nodes=2" in line for line in submitted] == [True, True, False]
+    assert all("--partition=a" in line for line in submitted)
     seen = (tmp_path / "inside").read_text().splitlines()
     assert [line.split(" configs/")[0] for line in seen] == [
         *["python -m tools.status --where"] * 2, "python -m tools.report runs/x runs/x"], seen

@@ -122,7 +122,7 @@ def test_duration_follows_the_stream(roots):
     ({"streams": [{"root": "a"}, {"root": "b/a"}]}, "name 'a' must be unique"),
     ({"streams": [{"root": "a", "proportion": 1}, {"root": "b"}]}, "only a has a proportion"),
     ({"streams": [{"root": "a", "proportion": 0}]}, "proportion=0.0 of a must be above 0"),
-    ({"streams": [{"root": "a", "rot": "b"}]}, "unknown key 'streams.0.rot'; did you mean 'root'?"),
+    ({"streams": [{"root": "a", "rot": "b"}]}, "unknown key 'streams.0.rot'; did you mean 'streams.0.root'?"),
     ({"streams": [{"name": "a"}]}, "a stream has root=None and remote=None; give exactly one"),
     ({"remote": "bucket/a"}, "remote=bucket/a is no address; a local folder is a root"),
     ({"root": "a", "max_substituted_fraction": 1}, "max_substituted_fraction=1.0 must be in"),

@@ -43,6 +43,16 @@ def test_a_crash_loop_ends_and_progress_starts_it_anew(run_dir):
     assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
 
 
+def test_a_preemption_is_no_crash_and_a_new_job_counts_anew(run_dir, monkeypatch):
+    """Three preemptions while the model loads are bad luck, and a person's word is a new start."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert all(decide(run_dir, 143)[0] for _ in range(4))
+    assert [decide(run_dir, 1)[0] for _ in range(2)] == [True, True]
+    assert decide(run_dir, 143)[0] and not decide(run_dir, 1)[0]
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
+
+
 def test_what_an_earlier_start_said_does_not_count(run_dir):
     """A finished run, extended, that dies before train.py can tell anything."""
     write_status(run_dir, "done")

@@ -35,7 +35,8 @@ def folder(tmp_path):
         start | {"event": "END", "time": now - 300, "job": "7-0", "exit": 0},
         start | {"time": now - 200, "job": "7-1"})
     write_lines(tmp_path / "requeues.jsonl",
-                {"time": now - 299, "step": 30, "exit": 0, "state": "preempted"})
+                {"time": now - 299, "step": 30, "exit": 0, "state": "preempted",
+                 "requeue": True})
     write_lines(tmp_path / "skips.jsonl", {"step": 12, "kind": "spike", "applied": True},
                 {"step": 33, "kind": "gradient not finite", "applied": False})
     tag = tmp_path / "checkpoints" / "step00000030"
@@ -91,7 +92,9 @@ def test_a_start_that_has_not_got_so_far_and_a_cancelled_job(folder):
     status = json.loads((folder / "status.json").read_text())  # of the start before
     status["time"] = time.strftime(TIME_FORMAT, time.localtime(time.time() - 400))
     (folder / "status.json").write_text(json.dumps(status))
-    assert "state       starting, running before" in report(read_run(folder))
+    told = report(read_run(folder))
+    assert "state       starting, running before" in told
+    assert "step        40 before this start\n" in told  # perhaps with another max_steps
     write_status(folder, "preempted")  # scancel ends the script too: no END follows
     assert "state       preempted, last sign 0 s ago" in report(read_run(folder))
 
@@ -135,6 +138,24 @@ def test_a_crash_that_is_in_the_queue_again(folder):
         file.write(json.dumps(end | {
             "event": "START", "time": time.time() + 30, "job": "7-2", "exit": None}) + "\n")
     assert "requeued 2 times, 2 of them by the job itself" in report(read_run(folder))
+
+
+def test_a_crash_loop_is_explained_and_the_log_named(folder):
+    """A process may write its end in the file of states (failed) or not (killed)."""
+    end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4,
+           "exit": 137, "log": "logs/x-7.out"}
+    with open(folder / "jobs.jsonl", "a") as file:
+        file.write(json.dumps(end) + "\n")
+    assert [decide(folder, 137)[0] for _ in range(2)] == [True, True]
+    write_status(folder, "failed", reason="RuntimeError: peer")
+    assert "failed: RuntimeError: peer, in the queue again unless" in report(read_run(folder))
+    assert not decide(folder, 137)[0]
+    words = ", not requeued: 2 requeues brought no checkpoint after step 30"
+    assert f"failed: RuntimeError: peer{words}, last sign" in report(read_run(folder))
+    write_status(folder, "running")
+    told = report(read_run(folder))
+    assert f"ended with exit 137 0 s ago{words}: see the job's log logs/x-7.out" in told
+    assert "requeued 3 times, 3 of them by the job itself" in told
 
 
 def test_a_hopeless_exit_is_explained(folder):

@@ -63,7 +63,7 @@ class Run(NamedTuple):
     held_out: list[dict[str, Any]]
     jobs: list[dict[str, Any]]  # START and END of each start, by launch/train.sbatch
     skips: list[dict[str, Any]]
-    requeues: list[dict[str, Any]]
+    requeues: list[dict[str, Any]]  # what the job decided at each end
     now: float
 
 
@@ -117,12 +117,13 @@ def describe_state(run: Run) -> str:
     silent = run.now - max(signs, default=run.now)
     jobs = own_jobs(run)
     last = jobs[-1] if jobs else {}
+    later = becomes(run, last) if last.get("event") == "END" else ""
     told = is_told(run.status, jobs)  # by the newest start
     if last.get("event") == "END" and (state == "running" or not told):
         where = ", in preflight" if last.get("stage") == "preflight" else ""
         why = f" ({HOPELESS[last['exit']]})" if last["exit"] in HOPELESS else ""
         return (f"ended with exit {last['exit']}{why} {ago(run.now - last['time'])} ago{where}"
-                f"{QUEUED if waits(run, last) else ''}: see the job's log")
+                f"{later}: see the job's log{' ' + log if (log := last.get('log')) else ''}")
     starting = last.get("event") == "START" and not told
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
     if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
@@ -132,14 +133,24 @@ def describe_state(run: Run) -> str:
         return f"starting{before}; last sign {ago(silent)} ago"
     reason = f": {run.status['reason']}" if run.status.get("reason") else ""
     if state == "preempted" and last.get("event") == "END":
-        reason += QUEUED if waits(run, last) else \
-            ", goes on when requeued or submitted again (squeue --me)"
-    return f"{state}{reason}, last sign {ago(silent)} ago"
+        later = later or ", goes on when requeued or submitted again (squeue --me)"
+    return f"{state}{reason}{later if state in ('preempted', 'failed') else ''}, " \
+           f"last sign {ago(silent)} ago"
 
 
-def waits(run: Run, last: dict[str, Any]) -> bool:
-    """Whether the job put itself into the queue after its last line in jobs.jsonl."""
-    return bool(run.requeues) and run.requeues[-1]["time"] >= last["time"] - 1
+def decided(run: Run, last: dict[str, Any]) -> dict[str, Any]:
+    """What the job decided after its last line in jobs.jsonl; empty if it could not."""
+    late = bool(run.requeues) and run.requeues[-1]["time"] >= last["time"] - 1
+    return run.requeues[-1] if late else {}
+
+
+def becomes(run: Run, last: dict[str, Any]) -> str:
+    """Whether an ended job put itself into the queue, or why it did not."""
+    entry = decided(run, last)
+    if entry.get("requeue"):
+        return QUEUED
+    # What is hopeless, done or stopped says so already.
+    return f", not requeued: {entry['why']}" if "no checkpoint" in entry.get("why", "") else ""
 
 
 def mean(records: list[dict[str, Any]], tag: str) -> float:
@@ -157,6 +168,10 @@ def describe_steps(run: Run) -> list[str]:
         return ["step        none yet"]
     last, end = run.steps[-1], run.config.get("max_steps", 0)
     seconds, batch = mean(run.steps, "time/step_seconds"), run.config.get("global_batch_size", 0)
+    jobs = own_jobs(run)
+    if jobs and jobs[-1]["event"] == "START" and not is_told(run.status, jobs):
+        # It may have been submitted with another max_steps, which is not written down yet.
+        return [f"step        {last['step']} before this start"]
     lines = [f"step        {last['step']} of {end}, {100 * last['step'] / max(end, 1):.1f} %, "
              f"time left {clock(seconds * (end - last['step']))}"]
     if seconds:
@@ -200,9 +215,10 @@ def describe_jobs(run: Run) -> list[str]:
             f"{'ended' if ended else 'started'} {ago(run.now - jobs[-1]['time'])} ago")
         nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
         # A resubmitted job counts its restarts anew, the ledger does not.
-        again = max(restarts + waits(run, jobs[-1]), len(run.requeues))
-        lines.append(f"starts      {len(starts)}, on {nodes}; requeued {again} times, "
-                     f"{len(run.requeues)} of them by the job itself")
+        itself = sum(entry["requeue"] for entry in run.requeues)
+        waits = decided(run, jobs[-1]).get("requeue", False)
+        lines.append(f"starts      {len(starts)}, on {nodes}; requeued "
+                     f"{max(restarts + waits, itself)} times, {itself} of them by the job itself")
     return lines
 
 
@@ -211,7 +227,8 @@ def describe_last(run: Run) -> str:
     events = [(entry["time"], f"{entry['event']} of job {entry['job']}" + (
         f", exit {entry['exit']}" if entry["event"] == "END" else "")) for entry in run.jobs]
     events += [(entry["time"], f"requeued: {entry['state']}, exit {entry['exit']}, newest "
-                f"checkpoint at step {entry['step']}") for entry in run.requeues]
+                f"checkpoint at step {entry['step']}") for entry in run.requeues
+               if entry["requeue"]]
     for alarm in run.path.glob("failures/*/alarm"):
         words = alarm.read_text(encoding="utf-8").split(" ", 1)[-1]
         events.append((alarm.stat().st_mtime, f"failure: {words} ({alarm.parent})"))

@@ -135,10 +135,10 @@ def parse_config(cls: type[T], values: dict, where: str = "config") -> T:
         raise ConfigError(f"{where}: {key}={first['input']!r}: {message}") from error
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """Hint for an unknown word."""
+def nearest(word: str, known: list[str], prefix: str = "") -> str:
+    """Hint for an unknown word; ``prefix``: the section it stands in, with its dot."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{match[0]}'?" if match else "known: " + ", ".join(sorted(known))
+    return f"did you mean '{prefix}{match[0]}'?" if match else "known: " + ", ".join(sorted(known))
 
 
 def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
@@ -154,7 +154,8 @@ def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
         if key not in known:
             name = prefix + str(key)
             deeper = [f"{field}.{key}" for field in known if key in _field_names(hints[field])]
-            hint = f"did you mean '{prefix}{deeper[0]}'?" if deeper else nearest(str(key), known)
+            hint = f"did you mean '{prefix}{deeper[0]}'?" if deeper else \
+                nearest(str(key), known, prefix)
             raise ConfigError(f"{where}: unknown key '{name}'; {hint}")
         _check_keys(hints[key], value, where, f"{prefix}{key}.")
 

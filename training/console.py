@@ -82,7 +82,8 @@ def budget(
     words = f"budget: {to_go} steps to go"
     if recent:
         left = statistics.median(recent) * to_go
-        words += f" at {statistics.median(recent):.2f} s, {left / 3600:.1f} h"
+        need = f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.0f} min"
+        words += f" at {statistics.median(recent):.2f} s, {need}"
         end = environ.get("SLURM_JOB_END_TIME", "")
         if end.isdigit():
             allowed = max(float(end) - time.time(), 1.0)

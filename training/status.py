@@ -20,7 +20,8 @@ from training.config import ConfigError, overlay, parse_overrides, read_yaml
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 UNTOLD = {"running": "ended without a word", "unknown": "ended before it trained"}
-FRUITLESS_STARTS = 2  # requeues without a new checkpoint before it is called a crash loop
+FRUITLESS_STARTS = 2  # crashes without a new checkpoint before it is called a crash loop
+TERMINATED = 143  # by SIGTERM, which comes from outside: a preemption before train.py could save
 
 
 def write_status(run_dir: Path, state: str, **values: Any) -> None:
@@ -60,28 +61,34 @@ def newest_step(run_dir: Path) -> int:
 
 
 def decide(run_dir: Path, code: int) -> tuple[bool, str]:
-    """(requeue?, why), and a line in RUN/requeues.jsonl if so.
+    """(requeue?, why), and a line in RUN/requeues.jsonl.
 
-    A start that brought no new checkpoint may be bad luck, FRUITLESS_STARTS in a row are a crash
-    loop.
+    A crash that brought no new checkpoint may be bad luck, more than FRUITLESS_STARTS in a row are
+    a crash loop. A preemption is no crash, and a job that a person submits counts anew.
     """
-    state = latest_state(run_dir)
-    if code in HOPELESS:
-        return False, HOPELESS[code]
-    if state in ("done", "stopped"):
-        return False, f"the run is {state}"
-    ledger, step = run_dir / "requeues.jsonl", newest_step(run_dir)
+    state, step = latest_state(run_dir), newest_step(run_dir)
+    ledger, job = run_dir / "requeues.jsonl", os.environ.get("SLURM_JOB_ID")
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    before = [json.loads(line)["step"] for line in lines[-FRUITLESS_STARTS:]]
-    if len(before) == FRUITLESS_STARTS and all(old == step for old in before):
-        return False, f"{FRUITLESS_STARTS} requeues brought no checkpoint after step {step}"
-    state = UNTOLD.get(state, state)
-    why = f"{state}, exit {code}, newest checkpoint at step {step}"
+    past = [entry for entry in map(json.loads, lines) if entry.get("job") == job]
+    before = [entry["step"] for entry in past if not was_preempted(entry)][-FRUITLESS_STARTS:]
+    told = UNTOLD.get(state, state)
+    record = {"time": time.time(), "job": job, "step": step, "exit": code, "state": told}
+    requeue, why = False, f"{FRUITLESS_STARTS} requeues brought no checkpoint after step {step}"
+    if code in HOPELESS:
+        why = HOPELESS[code]
+    elif state in ("done", "stopped"):
+        why = f"the run is {state}"
+    elif was_preempted(record) or before != [step] * FRUITLESS_STARTS:
+        requeue, why = True, f"{told}, exit {code}, newest checkpoint at step {step}"
     if run_dir.is_dir():
         with open(ledger, "a", encoding="utf-8") as file:
-            record = {"time": time.time(), "step": step, "exit": code, "state": state}
-            file.write(json.dumps(record) + "\n")
-    return True, why
+            file.write(json.dumps(record | {"requeue": requeue, "why": why}) + "\n")
+    return requeue, why
+
+
+def was_preempted(entry: dict[str, Any]) -> bool:
+    """Whether a start ended because Slurm or a person asked it to."""
+    return entry["state"] == "preempted" or entry["exit"] == TERMINATED
 
 
 def main(arguments: list[str]) -> int:
