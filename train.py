@@ -14,6 +14,7 @@ import dataclasses
 import faulthandler
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ from training.watch import Scale, Watch
 # One line says it all, the same on every rank: no traceback, no folder of failures.
 EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
 EXIT_SECONDS = 120
+SPEAKER_SECONDS = 20.0
 BUDGET_AGAIN = 20  # steps after a start, when the first slow one no longer counts
 
 
@@ -283,10 +285,12 @@ def main(arguments: list[str]) -> int:
         started = True
         run(config, plan, world)
     except EXPECTED as error:
-        # What every rank finds is said once per node; what one rank meets later, by that rank.
-        if started or os.environ.get("LOCAL_RANK", "0") == "0":
-            where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""
-            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        # What every rank finds is said once per node; what one rank meets later, by that rank. The
+        # launcher ends all with the first that leaves, so the others wait for the one that speaks.
+        if not started and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SPEAKER_SECONDS)
+        where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
         if isinstance(error, SaveError):
             return 1  # a disk may be well again: worth another start
         return BAD_NUMBERS if isinstance(error, BadNumbersError) else 78

@@ -222,8 +222,8 @@ def test_weights_in_each_others_place_end_the_start(world):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
-        (["flow.shft=1"], "unknown key 'flow.shft'; did you mean 'shift'?"),
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        (["flow.shft=1"], "unknown key 'flow.shft'; did you mean 'flow.shift'?"),
         (["flow.shift=-1"], "flow.shift=-1"),
         (["task=tv2a"], "task='tv2a'"),
         (["global_batch_size=7"], "global_batch_size=7 is not divisible by micro batch 4"),
@@ -252,6 +252,24 @@ def test_bad_input_is_one_line_and_78(world, capsys, overrides, message):
     assert status == 78
     assert error.startswith("error: ") and "\n" not in error
     assert message in error
+
+
+def test_the_rank_that_speaks_does_so_when_another_fails_first(world, tmp_path):
+    late = tmp_path / "late.py"
+    late.write_text("import os, sys, time\nimport train\n"
+                    "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(5)\n"
+                    "sys.exit(train.main(sys.argv[1:]))\n")
+    done = torchrun(2, str(late), f"{world}/run.yaml", "log_every=0", check=False)
+    assert done.returncode
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "log_every=0 must be at least 1" in lines[0]
+
+
+def test_what_only_one_silent_rank_finds_is_said_all_the_same(world, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(train, "SPEAKER_SECONDS", 0.1)
+    assert train.main([f"{world}/none.yaml"]) == 78
+    assert "none.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "folder"), [("video_vae", "wan"), ("audio_vae", "tangoflux")])
