@@ -36,6 +36,7 @@ class SamplesConfig:
     num_steps: int = 50
     guidance_video: float = 5.0
     guidance_audio: float = 4.5
+    negative_prompts: bool = True  # Wan's and TangoFlux's; false: guided away from empty captions
 
     def __post_init__(self) -> None:
         for key in ("count", "num_steps"):

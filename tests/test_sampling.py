@@ -1,13 +1,17 @@
 """The sampler: Wan's sigma grid, dual guidance, exact integration of a straight path."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from model import AVFullDiT
-from model.flow import add_noise, shift_t
+from model.flow import FlowConfig, add_noise, shift_t
 from model.sampling import Prompts, build_scheduler, sample
 from tests import towers
+from tools.preview import Preview, _sample
 
 
 @pytest.mark.parametrize("num_steps", [1, 10, 50])
@@ -96,3 +100,30 @@ def test_a_shifted_audio_t_is_followed():
     torch.testing.assert_close(video, video_x0, atol=1e-5, rtol=0)
     torch.testing.assert_close(audio, audio_x0, atol=1e-5, rtol=0)
     assert all(abs(own - t * t) < 1e-6 for t, own in seen) and len(seen) == 8
+
+
+@pytest.mark.parametrize(("negative_prompts", "kind"), [(True, "negative"), (False, "empty")])
+def test_samples_are_guided_away_from_the_prompts_that_were_asked_for(negative_prompts, kind):
+    states = {"video_empty": torch.ones(1, 3), "video_negative": torch.full((2, 3), 2.0),
+              "audio_empty": torch.ones(4, 3), "audio_negative": torch.full((4, 3), 2.0),
+              "audio_empty_mask": torch.eye(4)[0].bool(),
+              "audio_negative_mask": torch.eye(4)[1].bool()}
+    asked = SimpleNamespace(
+        video_latents=torch.zeros(1, 2, 1, 2, 2), audio_mean=torch.zeros(1, 5, 2),
+        padded_video_text=torch.zeros(1, 4, 3), audio_text=torch.zeros(1, 4, 3),
+        audio_text_mask=torch.ones(1, 4, dtype=torch.bool), duration=torch.ones(1))
+    preview = Preview(Path(), None, "", "", states, FlowConfig(), 0, 1, 1, 5.0, 4.5,
+                      negative_prompts)
+    seen = []
+
+    def model(video, t, text, noisy_audio, audio_text, audio_text_mask, duration):
+        seen.append((text, audio_text, audio_text_mask))
+        return video, noisy_audio
+
+    _sample(preview, model, torch.device("cpu"), asked, 0, (5.0, 4.5))
+    (text, audio_text, mask), (other, other_audio, other_mask) = seen
+    assert not text.any() and not audio_text.any() and mask.all()
+    rows = states[f"video_{kind}"]
+    assert torch.equal(other[0, : len(rows)], rows) and not other[0, len(rows):].any()
+    assert torch.equal(other_audio[0], states[f"audio_{kind}"])
+    assert torch.equal(other_mask[0], states[f"audio_{kind}_mask"])

@@ -34,20 +34,21 @@ class Preview:
 
     Args:
         wan, tangoflux: folders with the decoders; tangoflux None in t2v.
-        negative: the data set's encoded negative prompts (`data.schema.load_text_states`).
+        text_states: the data set's empty and negative prompts (`data.schema.load_text_states`).
     """
 
     run_dir: Path
     held_out: HeldOut
     wan: str
     tangoflux: str | None
-    negative: dict[str, torch.Tensor]
+    text_states: dict[str, torch.Tensor]
     flow: FlowConfig
     seed: int
     count: int
     num_steps: int
     guidance_video: float
     guidance_audio: float
+    negative_prompts: bool
 
 
 class Drawn(NamedTuple):
@@ -142,17 +143,19 @@ def _sample(
     key, sound = (preview.seed, 0, [f"sample {place}"]), preview.tangoflux is not None
     audio_noise = keyed_normal(
         "audio_noise", *key, batch.audio_mean.shape[1:], device) if sound else None
-    rows = preview.negative["video_negative"]
+    kind = "negative" if preview.negative_prompts else "empty"
+    rows, audio_text, audio_mask = (
+        preview.text_states[name] for name in
+        (f"video_{kind}", f"audio_{kind}", f"audio_{kind}_mask"))
     text = batch.padded_video_text
-    negative = torch.zeros_like(text)
-    negative[0, : len(rows)] = rows
+    other = torch.zeros_like(text)
+    other[0, : len(rows)] = rows
     shifted = preview.flow.audio_t == "shifted"
     video, audio = sample(
         model,
         Prompts(text.to(device), batch.audio_text.to(device),
                 batch.audio_text_mask.to(device)),
-        Prompts(negative.to(device), preview.negative["audio_negative"][None].to(device),
-                preview.negative["audio_negative_mask"][None].to(device)),
+        Prompts(other.to(device), audio_text[None].to(device), audio_mask[None].to(device)),
         keyed_normal("video_noise", *key, batch.video_latents.shape[1:], device),
         audio_noise,
         batch.duration.to(device) if sound else None,
