@@ -7,12 +7,13 @@
     python -m tools.backbones video_latents --cache .cache/world
     python -m tools.backbones audio_latents --cache .cache/world
     python -m tools.backbones video_decoder --cache .cache/world --minutes 43
-    python -m tools.backbones video_tower   --cache .cache/world --minutes 25
+    python -m tools.backbones video_fold    --cache .cache/world --channels 16
+    python -m tools.backbones video_tower   --cache .cache/world --minutes 120 --threads 2
     python -m tools.backbones audio_tower   --cache .cache/world --minutes 25
     python -m tools.backbones measure
 
-in this order rebuild weights/playground/{wan,tangoflux}. Each step runs on one CPU core, and each
-measured number comes from clips of another seed than the training clips.
+in this order rebuild weights/playground/{wan,tangoflux}. A step runs on one CPU core unless it
+says otherwise, and each measured number comes from clips of another seed than the training clips.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 COMMANDS = ("clips", "video_vae", "audio_vae", "text", "video_latents", "audio_latents",
-            "video_decoder", "video_tower", "audio_tower", "measure")
+            "video_decoder", "video_fold", "video_tower", "audio_tower", "measure")
 
 
 def _parse() -> argparse.Namespace:
@@ -32,6 +33,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--cache", type=Path, default=Path(".cache/world"), help="arrays folder")
     parser.add_argument("--count", type=int, default=1536, help="training clips (clips)")
+    parser.add_argument("--channels", type=int, default=16, help="of the latents (video_fold)")
     parser.add_argument("--minutes", type=float, default=25.0, help="training time")
     parser.add_argument("--processes", type=int, default=2, help="for drawing clips")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -54,6 +56,10 @@ def main() -> None:
         from tools.backbones import video_vae
 
         video_vae.train_decoder(args.cache, args.minutes)
+    elif args.command == "video_fold":
+        from tools.backbones import fold
+
+        fold.run(args.cache, args.channels)
     elif args.command == "audio_vae":
         from tools.backbones import audio_vae
 

@@ -164,10 +164,10 @@ def train(cache: Path, minutes: float, seed: int = 0) -> None:
     budget = common.Budget(minutes)
     average = torch.zeros(3)
     while budget.running():
-        common.set_learning_rate(optimizer, budget, PEAK_RATE)
+        common.set_learning_rate(budget, PEAK_RATE, optimizer)
         wave = _batch(audio, rng)
         loss, parts = _loss(vae, wave, teacher(wave), budget.progress < TEACHER_SHARE)
-        common.update(vae, optimizer, loss, clip=0.5)
+        common.update(vae, loss, optimizer, clip=0.5)
         average += (parts.detach() - average) * max(0.02, 1 / budget.step)
         if budget.step % 50 == 0:
             spectral, distance, std = average.tolist()

@@ -47,25 +47,28 @@ class Budget:
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, budget: Budget, peak: float, warmup: int = 100
+    budget: Budget, peak: float, *optimizers: torch.optim.Optimizer, warmup: int = 100
 ) -> None:
     """Linear warm-up by steps, then a cosine down to 2 % of `peak` by the clock."""
     rate = peak * min(budget.step / warmup, 1.0)
     rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * budget.progress))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 def update(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip: float = 1.0
+    model: torch.nn.Module, loss: torch.Tensor, *optimizers: torch.optim.Optimizer,
+    clip: float = 1.0,
 ) -> None:
     """Backward, clip the gradient norm, step. A loss that is not finite stops the run."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss is {loss.item()}; lower the learning rate")
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def _shards(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -24,7 +24,7 @@ VIDEO_TEXT_LENGTH = 64  # rows the tiny video tower attends to (512 in the relea
 class Latents(NamedTuple):
     """N clips as the towers see them; row i of every tensor is clip i."""
 
-    video: torch.Tensor  # (N,48,13,4,6) normalised
+    video: torch.Tensor  # (N,16,13,4,6) normalised
     audio_mean: torch.Tensor  # (N,64,16)
     audio_std: torch.Tensor  # (N,64,16)
     video_text: torch.Tensor  # (N,64,96)

@@ -155,6 +155,7 @@ def _sizes() -> dict:
 def write_report(quality: dict, path: Path) -> None:
     """QUALITY.md: the numbers of quality.json against what is asked of them."""
     vae, words, towers = quality["vae"], quality["text"], quality["towers"]
+    fold = quality["video_fold"]
     centre, onset = vae["ball_centre_error_px"], vae["onset_error_ms"]
     rows = [
         ("video PSNR, mean (dB)", f"{vae['psnr_db']['mean']:.2f}", ">= 24"),
@@ -183,11 +184,13 @@ def write_report(quality: dict, path: Path) -> None:
         f"{words['captions']} held-out captions (seed {HELD_OUT_SEED}; training uses seed 1).", "",
         "| what | measured | asked |", "| --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in rows), "",
-        "Training, one CPU thread each (see `python -m tools.backbones --help`):", "",
-        "| command | minutes | steps |", "| --- | --- | --- |",
-        *(f"| {k.removesuffix('_training')} | {v['minutes']:g} | {v['steps']} |"
-          for k, v in training.items()), "",
+        "Training on CPU threads (see `python -m tools.backbones --help`):", "",
+        "| command | minutes | threads | steps |", "| --- | --- | --- | --- |",
+        *(f"| {k.removesuffix('_training')} | {v['minutes']:g} | {v.get('threads', 1)} "
+          f"| {v['steps']} |" for k, v in training.items()), "",
         *(v["note"] + "\n" for v in training.values() if "note" in v),
+        f"video_fold: to {fold['channels']} channels, which hold {fold['variance_kept']:.4f} of "
+        "the variance.\n",
         f"All files together: {quality['sizes']['total_mb']} MB, fp16 safetensors.",
     ]
     path.write_text("\n".join(lines) + "\n")

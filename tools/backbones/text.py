@@ -131,9 +131,9 @@ def _fit(
     budget = common.Budget(minutes)
     batches = _batches(tokenizer, captions, labels, seed=0)
     while budget.running():
-        common.set_learning_rate(optimizer, budget, 2e-3)
+        common.set_learning_rate(budget, 2e-3, optimizer)
         loss = trainer(*next(batches))
-        common.update(trainer, optimizer, loss)
+        common.update(trainer, loss, optimizer)
         if budget.step % 100 == 0:
             print(f"text {kind} step {budget.step} loss {loss.item():.3f}", flush=True)
     encoder.eval()

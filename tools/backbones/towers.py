@@ -26,7 +26,7 @@ from tools.backbones.latents import Latents, build, encode_captions, open_latent
 from tools.backbones.text import update_tangoflux
 
 VIDEO = VideoDiTConfig(
-    num_attention_heads=6, attention_head_dim=32, in_channels=48, out_channels=48, text_dim=96,
+    num_attention_heads=6, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=96,
     ffn_dim=512, num_layers=6,
 )
 AUDIO = AudioDiTConfig(
@@ -36,11 +36,13 @@ AUDIO = AudioDiTConfig(
 )
 VIDEO_FLOW = FlowConfig("uniform", shift=5.0)
 AUDIO_FLOW = FlowConfig("logit_normal", shift=1.0)
-BATCH = 16
-PEAK_RATE = 1e-3
+BATCH = 32
+PEAK_RATE = 2e-3
 AVERAGE_DECAY = 0.998
 SECONDS = WINDOW_FRAMES / 24
 NATIVE_TAU = 1.0  # TangoFlux's own index; AVSyncRoPE only enters with the joint model
+# PyTorch's flash kernel on a CPU takes 3 to 8 times longer backwards than this one in bfloat16.
+KERNEL = "sdpa_math"
 
 
 def _save_pipeline_files() -> None:
@@ -67,7 +69,8 @@ class VideoTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = AVFullDiT(AVFullDiTConfig(task="t2v", video=VIDEO, audio=None))
+        config = AVFullDiTConfig(task="t2v", video=VIDEO, audio=None)
+        self.model = AVFullDiT(config, attention=KERNEL)
 
     def loss(self, batch: Latents, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Flow loss (B,) at t from uniform u (B,), noise (B,C,F,h,w)."""
@@ -98,7 +101,7 @@ class AudioTower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = AudioDiT(
-            AUDIO, AUDIO.num_layers, AUDIO.num_single_layers, Attention("auto")
+            AUDIO, AUDIO.num_layers, AUDIO.num_single_layers, Attention(KERNEL)
         )
 
     def velocity(self, noisy: torch.Tensor, t: torch.Tensor, batch: Latents) -> torch.Tensor:
@@ -161,6 +164,19 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
+def _optimizers(tower: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the blocks' matrices: here a third fewer steps to a loss than AdamW for all."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in tower.named_parameters():
+        inside = "blocks." in name and "modulation" not in name and parameter.ndim == 2
+        (matrices if inside else rest).append(parameter)
+    return (
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.99)),
+    )
+
+
 def train(
     name: str, tower: VideoTower | AudioTower, cache: Path, minutes: float, seed: int = 0
 ) -> None:
@@ -171,17 +187,17 @@ def train(
     empty = _take(latents, torch.tensor([0]))._replace(
         video_text=texts.video, audio_text=texts.audio, audio_text_mask=texts.audio_mask
     )
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99))
+    optimizers = _optimizers(tower)
     average = copy.deepcopy(tower).requires_grad_(False)
     budget, smooth = common.Budget(minutes), 0.0
     while budget.running():
-        common.set_learning_rate(optimizer, budget, PEAK_RATE)
+        common.set_learning_rate(budget, PEAK_RATE, *optimizers)
         batch = _take(latents, torch.randint(len(latents.video), (BATCH,)))
         batch = _drop_captions(batch, empty, VIDEO_FLOW.caption_dropout)
         u = (torch.randperm(BATCH) + torch.rand(BATCH)) / BATCH  # stratified: less noise in t
         with torch.autocast("cpu", torch.bfloat16):
             loss = tower.loss(batch, u.clamp(1e-4, 1 - 1e-4), tower.draw_noise(batch)).mean()
-        common.update(tower, optimizer, loss)
+        common.update(tower, loss, *optimizers)
         _follow(average, tower, min(AVERAGE_DECAY, budget.step / (budget.step + 10)))
         smooth += (loss.item() - smooth) * max(0.01, 1 / budget.step)
         if budget.step % 100 == 0:
@@ -190,7 +206,8 @@ def train(
         if budget.save_due():
             average.save()
     average.save()
-    common.note(f"{name}_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
+    facts = {"minutes": minutes, "steps": budget.step, "seed": seed}
+    common.note(f"{name}_training", facts | {"threads": torch.get_num_threads()})
 
 
 def run(command: str, cache: Path, minutes: float, processes: int, resume: bool) -> None:

@@ -107,9 +107,9 @@ def train(cache: Path, minutes: float, resume: bool = False, seed: int = 0) -> N
     budget = common.Budget(minutes)
     average = 0.0
     while budget.running():
-        common.set_learning_rate(optimizer, budget, PEAK_RATE)
+        common.set_learning_rate(budget, PEAK_RATE, optimizer)
         loss, error = _loss(vae, _batch(frames, rng, budget.progress))
-        common.update(vae, optimizer, loss)
+        common.update(vae, loss, optimizer)
         average += (float(error) - average) * max(0.02, 1 / budget.step)
         if budget.step % 50 == 0:
             psnr = 10 * np.log10(4 / average)
@@ -155,7 +155,7 @@ def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
     optimizer = torch.optim.AdamW(trained, lr=DECODER_RATE, betas=(0.9, 0.99))
     budget, average = common.Budget(minutes, save_minutes=3), 0.0
     while budget.running():
-        common.set_learning_rate(optimizer, budget, DECODER_RATE)
+        common.set_learning_rate(budget, DECODER_RATE, optimizer)
         size, latent_frames = (3, 5) if rng.uniform() < 0.5 else (1, 13)
         chosen = rng.integers(0, len(stored), size)
         length = 4 * (latent_frames - 1) + 1
@@ -165,7 +165,7 @@ def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             output = decode(vae, latents)
         loss = _ball_loss(output.float(), video)
-        common.update(vae, optimizer, loss)
+        common.update(vae, loss, optimizer)
         error = float((output.detach().float() - video).square().mean())
         average += (error - average) * max(0.02, 1 / budget.step)
         if budget.step % 50 == 0:
