@@ -6,6 +6,7 @@ released layouts; everything else is the real thing, in real processes.
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -240,7 +241,7 @@ def test_weights_in_each_others_place_end_the_start(world):
         (["data.validation_split=test"], "no split 'test'"),
         (["log_every=0"], "log_every=0 must be at least 1"),
         (["keep_checkpoints=1"], "keep_checkpoints=1 must be at least 2"),
-        (["wan=weights/playground/wan"], "holds video text states of width 32"),
+        (["wan=weights/playground/wan"], "holds video latents of width 48"),
         (["attention=flash"], "attention='flash' is unknown"),
         (["recompute=some"], "recompute='some'"),
         (["max_steps"], "must be key=value"),
@@ -252,6 +253,14 @@ def test_bad_input_is_one_line_and_78(world, capsys, overrides, message):
     assert status == 78
     assert error.startswith("error: ") and "\n" not in error
     assert message in error
+
+
+def test_data_of_other_text_encoders_are_refused(world, tmp_path, capsys):
+    shutil.copytree(world / "wan", tmp_path / "wan")
+    config = tmp_path / "wan" / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"text_dim": 40}))
+    assert train.main([f"{world}/run.yaml", f"wan={tmp_path}/wan"]) == 78
+    assert "holds video text states of width 32" in capsys.readouterr().err
 
 
 def test_the_rank_that_speaks_does_so_when_another_fails_first(world, tmp_path):
