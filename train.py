@@ -61,7 +61,7 @@ from training.watch import Scale, Watch
 # One line says it all, the same on every rank: no traceback, no folder of failures.
 EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
 EXIT_SECONDS = 120
-SPEAKER_SECONDS = 20.0
+SPEAKER_SECONDS = 20.0  # by which the slowest rank of a node has found the same error
 BUDGET_AGAIN = 20  # steps after a start, when the first slow one no longer counts
 
 

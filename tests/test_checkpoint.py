@@ -92,10 +92,8 @@ def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
 
 @pytest.mark.faults
 def test_offloaded_optimiser(tmp_path):
-    """DeepSpeedCPUAdam, where it can be built."""
-    done = torchrun(2, WORKER, str(tmp_path), "offload", check=False)
-    if "CPUAdam" in done.stderr and "exact offload2" not in done.stdout:
-        pytest.skip("DeepSpeedCPUAdam cannot be built here")
+    """DeepSpeedCPUAdam, which the C++ compiler that the README asks for builds."""
+    done = torchrun(2, WORKER, str(tmp_path), "offload")
     assert "exact offload2" in done.stdout and "exact offload3" in done.stdout, done.stderr[-3000:]
 
 

@@ -172,10 +172,12 @@ def test_call_contract_of_the_flash_packages(stand_in, monkeypatch, kernel):
     assert (biased.double() - expected).norm() / expected.norm() < 1e-2
 
 
-@pytest.mark.parametrize("kernel", [name for name in PACKAGES if installed(name)])
+@pytest.mark.parametrize("kernel", PACKAGES)
 def test_installed_packages_have_the_stand_ins_signature(kernel):
     from model.attention import _flash_attn_func
 
+    if not installed(kernel):
+        pytest.skip(f"NOT RUN: the package of {kernel} is absent; only its stand-in is tested")
     real = inspect.signature(_flash_attn_func(kernel)).parameters
     assert list(real)[:3] == ["q", "k", "v"] and real["softmax_scale"].default is None
 
