@@ -167,3 +167,15 @@ def test_command_writes_clips_and_manifest(tmp_path):
     assert [r["split"] for r in records] == ["train", "train", "validation"]
     assert all((tmp_path / r["path"]).stat().st_size > 1000 for r in records)
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 3
+
+
+def test_processes_side_by_side_write_the_same_clips_in_the_same_order(tmp_path):
+    written = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        write_clips(folder, clips=10, validation=1, seed=SEED, processes=processes)
+        texts = [(folder / name).read_text() for name in ("manifest.jsonl", "events.jsonl")]
+        clips = {path.name for path in (folder / "clips").iterdir() if path.stat().st_size > 1000}
+        written.append((texts, clips))
+    assert written[0] == written[1]
+    assert len(written[0][1]) == 11
