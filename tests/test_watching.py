@@ -23,6 +23,7 @@ from tests.tiny import write_tangoflux, write_wan
 from tools import report
 from tools.watching import Bench
 from training.checkpoint import read_weights
+from training.config import ConfigError
 from training.distributed import World
 from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records
@@ -259,6 +260,17 @@ def test_report_of_two_runs_is_one_file_that_opens_offline(runs, monkeypatch, ca
                  "samples per second", "<summary>run.json", "data:video/mp4;base64"):
         assert text in page, text
     assert (runs / "one" / "tb" / "reference_metrics").is_dir()
+
+
+@pytest.mark.parametrize("text, why", [
+    (None, "no such file"), ("", "no record in it"), ("step 1\n", "not JSON lines"),
+    ('[1]\n', "without a step"), ('{"train/loss": 1}\n', "without a step")])
+def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
+    path = tmp_path / "t2av.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"--reference={path}: .*{why}.*give the metrics.jsonl"):
+        report.read_reference(path, 0)
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):

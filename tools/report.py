@@ -20,6 +20,7 @@ from typing import Any
 from tools.export import read_run_file
 from tools.paired import bootstrap, differences
 from tools.plots import (
+    COLOURS,
     Curves,
     load_curves,
     plot_attention,
@@ -31,7 +32,7 @@ from tools.plots import (
 )
 from training.config import ConfigError
 from training.events import Events
-from training.metrics import format_seconds
+from training.metrics import format_seconds, read_metrics
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; color: #222 }
@@ -193,11 +194,16 @@ def build_page(run_dirs: list[Path], references: list[Path]) -> str:
 
 def read_reference(path: Path, place: int) -> Curves:
     """Another run's metrics.jsonl, by itself."""
+    rule = f"--reference={path}: {{}}; give the metrics.jsonl of a run"
     if not path.is_file():
-        raise ConfigError(f"--reference={path}: no such file; give a metrics.jsonl")
-    curves = load_curves(path.parent, place, [], f"reference {path.stem}")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return curves._replace(style="--", records=records)
+        raise ConfigError(rule.format("no such file"))
+    try:
+        records = read_metrics(path)
+    except ValueError as error:
+        raise ConfigError(rule.format(f"not JSON lines: {error}")) from error
+    if not records or not all(isinstance(one, dict) and "step" in one for one in records):
+        raise ConfigError(rule.format("lines without a step" if records else "no record in it"))
+    return Curves(f"reference {path.stem}", COLOURS[place % len(COLOURS)], "--", records, [])
 
 
 def write_overlay(run_dir: Path, reference: Path) -> Path:

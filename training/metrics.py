@@ -151,8 +151,12 @@ class MetricWriter:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run; a last line that a kill has cut is left out."""
-    path = run_dir / "metrics.jsonl"
+    """metrics.jsonl of a run; none yet: no records."""
+    return read_metrics(run_dir / "metrics.jsonl")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line that a kill has cut is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
