@@ -14,6 +14,9 @@ if ! nvidia-smi --list-gpus >/dev/null 2>&1; then
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   cores=$(nproc)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+  # glibc would give every step's memory back to the kernel and take it again: a quarter of a step.
+  export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+  export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 fi
 # To stop it in order, with a checkpoint: touch RUN/STOP.
 exec "${container[@]}" torchrun --standalone --nproc-per-node="$NPROC" train.py "$@"
