@@ -253,5 +253,7 @@ class HeldOut:
                 yield self.batch([pool[place % len(pool)] for place in places], step), real
 
     def records(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Their manifest records: id, captions, source, and what was found out."""
-        return [self.dataset[index]["record"] for index in indices]
+        """Their manifest records: id, captions, source, and what was found out; a collective."""
+        found = _together(lambda: [self.dataset[index]["record"] for index in indices])
+        agree(None, [])
+        return found

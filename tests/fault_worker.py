@@ -91,6 +91,8 @@ class Fault:
         if not self.due:
             return video, audio
         kind = self.spec["kind"]
+        if kind == "blind":
+            raise RuntimeError("no memory to look with")
         if kind == "nan_loss":
             video = video * float("nan")
         elif kind == "inf_loss":  # its gradient is finite

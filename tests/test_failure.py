@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.schema import Batch
-from tests.faults import Ranks, status, write_world
+from tests.faults import Ranks, lines, status, write_world
 from training.distributed import World
 from training.failure import Failure, Last, is_out_of_memory
 
@@ -71,6 +71,24 @@ def test_a_real_allocation_that_fails_is_one():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.faults
+def test_what_fails_on_one_rank_between_steps_ends_no_training(tmp_path):
+    """Held-out losses and gauges of rank 1 fail; both ranks hear it, and train on."""
+    root = write_world(tmp_path)
+    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "validate_every=4",
+                      "health_every=4"], {"kind": "blind", "rank": 1, "steps": [0]})
+    codes, outputs = ranks.finish()
+    assert codes == [0, 0], outputs
+    told = "failed and training goes on: rank 1: RuntimeError: no memory to look with"
+    for what in ("validation at step 0", "validation at step 8", "looking inside at step 4"):
+        assert f"warning: {what} {told}" in outputs[0], what
+    records = lines(root / "run" / "metrics.jsonl")
+    assert not any("validation/loss_video" in record for record in records)
+    assert [record["step"] for record in records if "train/loss" in record] == list(range(1, 9))
+    assert any("health/update_ratio_video_tower" in record for record in records)
+    assert not list((root / "run").glob("failures/*"))
 
 
 @pytest.mark.faults

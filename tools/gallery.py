@@ -7,7 +7,9 @@ tools.preview.
 import html
 import json
 from pathlib import Path
+from urllib.parse import quote
 
+CAPTIONS = "prompts.json"  # written after a folder's clips: a folder that has it is whole
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 1.5em; color: #222 }
 h1 { font-size: 1.3em } p { max-width: 60em } button { font: inherit; padding: .3em 1em }
@@ -21,6 +23,7 @@ SCRIPT = """
 const clips = [...document.querySelectorAll('video')];
 const play = (chosen) => { for (const c of clips) c.pause();
   for (const c of chosen) { c.currentTime = 0; c.muted = chosen.length > 1; c.play(); } };
+for (const c of clips) c.onclick = () => { c.muted = false; };
 document.getElementById('all').onclick = () => play(clips);
 for (const row of document.querySelectorAll('tr')) {
   const button = row.querySelector('button');
@@ -38,7 +41,7 @@ def write_gallery(samples: Path, title: str) -> Path:
                if folder.is_dir() and any(folder.glob("*.mp4"))]
     captions: dict[str, str] = {}
     for folder in columns:
-        path = folder / "prompts.json"
+        path = folder / CAPTIONS
         if path.is_file():
             captions |= json.loads(path.read_text(encoding="utf-8"))
     names = sorted({clip.stem for folder in columns for clip in folder.glob("*.mp4")})
@@ -49,7 +52,7 @@ def write_gallery(samples: Path, title: str) -> Path:
 <style>{STYLE}</style><h1>Samples of {title}</h1>
 <p>Fixed prompts and seeds. <b>guidance1</b> is drawn without guidance, <b>no_sound</b> with the
 audio stream cut off from the picture: where it differs from the row above, sound changes the
-picture. One clip plays with its sound, several play muted.</p>
+picture. One clip plays with its sound; several play muted, and a click on one unmutes it.</p>
 <p><button id="all">play all</button></p>
 <table><tr><th></th>{head}</tr>{rows}</table><script>{SCRIPT}</script></html>
 """
@@ -74,8 +77,8 @@ def _row(name: str, caption: str, columns: list[Path], samples: Path) -> str:
         if not clip.is_file():
             cells.append("<td></td>")
             continue
-        place = html.escape(clip.relative_to(samples).as_posix())
-        sheet = html.escape(clip.with_suffix(".png").relative_to(samples).as_posix())
+        place = quote(clip.relative_to(samples).as_posix())
+        sheet = quote(clip.with_suffix(".png").relative_to(samples).as_posix())
         cells.append(f'<td><video src="{place}" controls loop preload="metadata"></video>'
                      f'<a href="{sheet}"><img src="{sheet}" loading="lazy"></a></td>')
     return (f'<tr><td class="name"><b>{html.escape(name)}</b><br><small>{html.escape(caption)}'

@@ -9,7 +9,6 @@ train.py.
 """
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,15 @@ from typing import Any, NamedTuple
 import torch
 
 from data.dataset import HeldOut
-from data.schema import Batch, DataError
+from data.schema import Batch
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
-from tools.gallery import write_gallery
+from tools.gallery import CAPTIONS, write_gallery
 from tools.render import Decoders, write_files, write_gif, write_wav
-from training.distributed import World, gather_objects
+from training.attempt import Attempt
+from training.distributed import World
 from training.events import Events
+from training.run_dir import write_json
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,33 @@ def draw_previews(
     Returns: the folder, or None on ranks that do not write the index.
 
     Raises:
-        DataError: on every rank, when any rank could not decode or write; says which and why.
+        AttemptError: on every rank, when any rank could not draw, decode or write.
     """
     prompts = _read_prompts(preview, step)
+    drawing = Attempt(world, engine.zero_optimization_stage() == 3)
     engine.eval()
     try:
-        drawn = _draw(preview, engine, prompts, world, on_clip)
+        drawn = _draw(preview, engine, prompts, world, on_clip, drawing)
     finally:
         engine.train()
+    drawing.settle()
     samples = preview.run_dir / "samples"
-    real = [] if (samples / "held_out" / "prompts.json").is_file() else _stored(prompts, world)
+    real = [] if (samples / "held_out" / CAPTIONS).is_file() else _stored(prompts, world)
     on_clip()
-    failed = _decode(preview, engine.device, {f"step{step:08d}": drawn, "held_out": real})
-    failures = [f"rank {rank}: {words}" for rank, words in
-                enumerate(gather_objects(failed, world)) if words]
-    if failures:
-        raise DataError("; ".join(failures))
-    if not world.is_main:
-        return None
+    clips = {f"step{step:08d}": drawn, "held_out": real}
     captions = {_name(place, batch): _title(record)
                 for place, (batch, record) in enumerate(prompts)}
-    for folder in (samples / f"step{step:08d}", samples / "held_out"):
-        (folder / "prompts.json").write_text(json.dumps(captions, ensure_ascii=False, indent=1))
-    write_gallery(samples, preview.run_dir.name)
-    return samples / f"step{step:08d}"
+    writing = Attempt(world, gathers=False)
+    with writing.part():
+        _decode(preview, engine.device, clips)
+    writing.settle()
+    with writing.part():
+        if world.is_main:
+            for folder in clips:
+                write_json(samples / folder / CAPTIONS, captions)
+            write_gallery(samples, preview.run_dir.name)
+    writing.settle()
+    return samples / f"step{step:08d}" if world.is_main else None
 
 
 def _read_prompts(preview: Preview, step: int) -> list[tuple[Batch, dict[str, Any]]]:
@@ -113,8 +117,8 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _draw(
-    preview: Preview, engine: Any,
-    prompts: list[tuple[Batch, dict[str, Any]]], world: World, on_clip: Callable[[], None],
+    preview: Preview, engine: Any, prompts: list[tuple[Batch, dict[str, Any]]], world: World,
+    on_clip: Callable[[], None], drawing: Attempt,
 ) -> list[Drawn]:
     """This rank's clips. All ranks go through the same rounds: some draw a clip they drop."""
     rounds: list[tuple[str, int, dict[str, Any]]] = [("", len(prompts), {}), ("_guidance1", 1, {})]
@@ -128,11 +132,12 @@ def _draw(
             place = world.rank + turn * world.world_size
             batch, record = prompts[place % count]
             on_clip()
-            video, audio = _sample(preview, partial(engine, **more), engine.device,
-                                   batch, place % count, scales)
-            if place < count:
-                kept.append(Drawn(_name(place, batch) + suffix, _title(record),
-                                  float(batch.duration[0]), video, audio))
+            with drawing.part():
+                video, audio = _sample(preview, partial(engine, **more), engine.device,
+                                       batch, place % count, scales)
+                if place < count:
+                    kept.append(Drawn(_name(place, batch) + suffix, _title(record),
+                                      float(batch.duration[0]), video, audio))
     return kept
 
 
@@ -178,8 +183,8 @@ def _stored(prompts: list[tuple[Batch, dict[str, Any]]], world: World) -> list[D
     ]
 
 
-def _decode(preview: Preview, device: torch.device, clips: dict[str, list[Drawn]]) -> str:
-    """Write this rank's clips; what went wrong, in words, for all ranks to hear."""
+def _decode(preview: Preview, device: torch.device, clips: dict[str, list[Drawn]]) -> None:
+    """Write this rank's clips."""
     data = preview.held_out.opened[0].metadata
     decoders: Decoders | None = None
     try:
@@ -195,14 +200,11 @@ def _decode(preview: Preview, device: torch.device, clips: dict[str, list[Drawn]
                 write_gif(path.with_suffix(".gif"), frames, data.fps)
                 if sound is not None:
                     write_wav(path.with_suffix(".wav"), sound, data.sample_rate)
-    except (DataError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
     finally:
         decoders = None  # the device is training's again
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return ""
 
 
 def log_previews(folder: Path, step: int, events: Events, sample_rate: int) -> None:

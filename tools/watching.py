@@ -17,6 +17,7 @@ from data.schema import Batch, DataError
 from experiment import RunConfig
 from model.gauges import Gauges
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
+from training.attempt import AttemptError
 from training.distributed import World
 from training.ema import EMA
 from training.heldout import Losses, Row, look_inside, measure, summarise, write_rows
@@ -52,8 +53,8 @@ class Bench(NamedTuple):
         video, audio = self.objective.losses(self.engine, noised)
         return video, audio, noised.has_audio
 
-    def validate(self, step: int) -> dict[str, float]:
-        """Held-out losses of the weights and of their average, also into RUN/validation."""
+    def validate(self, step: int, keep: bool = True) -> dict[str, float]:
+        """Held-out losses of the weights and of their average; `keep`: into RUN/validation, too."""
         def rows() -> list[Row]:
             shares = self.shares(self.config.validation_samples, step)
             return measure(self.engine, shares, self.losses_at, VALIDATION_T,
@@ -66,7 +67,7 @@ class Bench(NamedTuple):
             with self.ema.swapped_in():
                 found["ema"] = rows()
             values |= summarise(found["ema"], VALIDATION_T, "_ema")
-        if self.world.is_main:
+        if keep and self.world.is_main:
             try:
                 write_rows(Path(self.config.run_dir), step, found, VALIDATION_T)
             except OSError as error:  # one rank's alone: the others have gone on
@@ -102,15 +103,16 @@ class Bench(NamedTuple):
     def survive(self, what: str, step: int, action: Callable[[], T]) -> T | None:
         """Run an action that training can do without; None when it failed, and why is said.
 
-        A failure that one rank alone meets ends the run: the others are in a collective.
+        What one rank alone met within a collective ends the run: the others wait in it.
         """
         try:
             return action()
         except (DataError, OSError, RuntimeError) as error:
-            if self.world.world_size > 1 and not isinstance(error, DataError):
+            if self.world.world_size > 1 and not isinstance(error, DataError | AttemptError):
                 error.add_note(f"error: {what} at step {step} failed on rank {self.world.rank}")
                 raise
             if self.world.is_main:
+                kind = "" if isinstance(error, AttemptError) else f"{type(error).__name__}: "
                 print(f"warning: {what} at step {step} failed and training goes on: "
-                      f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                      f"{kind}{error}", file=sys.stderr, flush=True)
             return None

@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from training.attempt import Attempt
 from training.distributed import World, gather_objects, sum_over_ranks
 from training.run_dir import write_text
 
@@ -43,20 +44,26 @@ def measure(
         shares: this rank's (batch, which of its samples are real), as many on every rank.
         sound: whether audio losses mean anything.
         on_batch: called before each batch, for whoever watches the time.
+
+    Raises:
+        AttemptError: on every rank, when a forward failed on any.
     """
     mine: list[Row] = []
+    attempt = Attempt(world, engine.zero_optimization_stage() == 3)
     engine.eval()
     try:
         for batch, real in shares:
             on_batch()
-            videos, audios, heard = zip(*(losses_at(batch, value) for value in t), strict=True)
-            video, audio = torch.stack(videos, dim=1).tolist(), torch.stack(audios, dim=1).tolist()
-            mine += [
-                Row(batch.sample_ids[i], video[i], audio[i] if sound and has else None)
-                for i, has in enumerate(heard[0].tolist()) if real[i]
-            ]
+            with attempt.part():
+                videos, audios, heard = zip(*(losses_at(batch, value) for value in t), strict=True)
+                video, audio = (torch.stack(parts, dim=1).tolist() for parts in (videos, audios))
+                mine += [
+                    Row(batch.sample_ids[i], video[i], audio[i] if sound and has else None)
+                    for i, has in enumerate(heard[0].tolist()) if real[i]
+                ]
     finally:
         engine.train()
+    attempt.settle()
     return sorted(row for part in gather_objects(mine, world) for row in part)
 
 
@@ -102,13 +109,15 @@ def look_inside(
     forward: Callable[[Any], Any], world: World,
 ) -> dict[str, float]:
     """Means over held-out samples of every gauge (model.gauges.Gauges); a collective."""
+    attempt = Attempt(world, engine.zero_optimization_stage() == 3)
     engine.eval()
     try:
         for batch, real in shares:
-            with gauges.on(real):
+            with attempt.part(), gauges.on(real):
                 forward(batch)
     finally:
         engine.train()
+    attempt.settle()
     names = sorted(gauges.sums)
     sums = torch.stack([gauges.sums[name] for name in names]).to(engine.device)
     return {name: total / count for name, (total, count) in
