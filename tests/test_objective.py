@@ -57,6 +57,15 @@ def test_independent_t_depends_on_the_sample_alone(batch):
     assert torch.equal(ours.audio_t(t, IDS, VALIDATION_EPOCH), t)  # the held-out grid is one t
 
 
+def test_held_out_noise_is_that_of_every_run_and_training_noise_is_the_runs_own(batch):
+    ours, other = objective(), Objective("t2av", 7, FlowConfig())
+    t = torch.full((2,), 0.5)
+    for epoch, same in ((VALIDATION_EPOCH, True), (0, False)):
+        a, b = (one.noise(batch, t, epoch, CPU).inputs for one in (ours, other))
+        for name in ("noisy_video", "noisy_audio"):
+            assert torch.equal(a[name], b[name]) == same, (name, epoch)
+
+
 @torch.no_grad()
 def test_audio_t_reaches_the_audio_tower_alone(batch):
     model = towers.randomise_new(AVFullDiT(towers.CONFIG))
