@@ -14,7 +14,8 @@ from training.metrics import read_records
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend comes first
 
-COLOURS = ("#1b6ca8", "#d1495b", "#7a7a7a", "#b08900")
+COLOURS = ("#1b6ca8", "#d1495b", "#7a7a7a", "#b08900", "#3c8d5a", "#7b5ea7")  # runs A and B first
+REFERENCE = "--"  # the style of a reference
 SIZE = (5.6, 3.2)  # inches
 
 
@@ -23,7 +24,7 @@ class Curves(NamedTuple):
 
     label: str
     colour: str
-    style: str  # "-", or "--" for a reference
+    style: str  # "-", or REFERENCE
     records: list[dict[str, Any]]
     restarts: list[int]
 
@@ -66,7 +67,7 @@ def plot_tags(
                 continue
             label = " ".join(filter(None, (run.label if len(runs) > 1 else "", name)))
             colour = run.colour if len(runs) > 1 else COLOURS[place % len(COLOURS)]
-            style = styles[place % 4] if len(runs) > 1 else run.style
+            style = styles[place % 4] if len(runs) > 1 and run.style != REFERENCE else run.style
             axes.plot(steps, values, style, color=colour, alpha=0.25 if len(steps) > 60 else 1.0,
                       linewidth=1.2, label=None if len(steps) > 60 else label)
             if len(steps) > 60:

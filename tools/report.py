@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from tools.export import read_run_file
+from tools.gallery import CAPTIONS
 from tools.paired import bootstrap, differences
 from tools.plots import (
     COLOURS,
+    REFERENCE,
     Curves,
     load_curves,
     plot_attention,
@@ -32,7 +34,8 @@ from tools.plots import (
 )
 from training.config import ConfigError
 from training.events import Events
-from training.metrics import format_seconds, read_metrics
+from training.metrics import format_seconds
+from training.run_dir import read_lines
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; color: #222 }
@@ -49,10 +52,7 @@ FEW = 6  # samples in the page
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """The reproducibility card: one entry per start of the run."""
-    path = run_dir / "config" / "starts.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(run_dir / "config" / "starts.jsonl")
 
 
 def summary_table(runs: list[tuple[Path, Curves]]) -> str:
@@ -135,7 +135,7 @@ def plots_section(runs: list[Curves], references: list[Curves]) -> str:
 
 def samples_section(run_dir: Path, label: str) -> str:
     """The newest clips with their sound, inside the page."""
-    folders = sorted((run_dir / "samples").glob("step*"))
+    folders = sorted(path.parent for path in (run_dir / "samples").glob(f"step*/{CAPTIONS}"))
     clips = sorted(folders[-1].glob("*.mp4"))[:FEW] if folders else []
     figures = []
     for clip in clips:
@@ -192,23 +192,29 @@ def build_page(run_dirs: list[Path], references: list[Path]) -> str:
     )
 
 
+def reference_name(path: Path) -> str:
+    """What tells references apart: the file's name, or its run's where it is metrics.jsonl."""
+    return path.resolve().parent.name if path.stem == "metrics" else path.stem
+
+
 def read_reference(path: Path, place: int) -> Curves:
     """Another run's metrics.jsonl, by itself."""
     rule = f"--reference={path}: {{}}; give the metrics.jsonl of a run"
     if not path.is_file():
         raise ConfigError(rule.format("no such file"))
     try:
-        records = read_metrics(path)
+        records = read_lines(path)
     except ValueError as error:
         raise ConfigError(rule.format(f"not JSON lines: {error}")) from error
     if not records or not all(isinstance(one, dict) and "step" in one for one in records):
         raise ConfigError(rule.format("lines without a step" if records else "no record in it"))
-    return Curves(f"reference {path.stem}", COLOURS[place % len(COLOURS)], "--", records, [])
+    colour = COLOURS[place % len(COLOURS)]
+    return Curves(f"reference {reference_name(path)}", colour, REFERENCE, records, [])
 
 
 def write_overlay(run_dir: Path, reference: Path) -> Path:
     """A reference as a TensorBoard run of its own, RUN/tb/reference_NAME."""
-    folder = run_dir / "tb" / f"reference_{reference.stem}"
+    folder = run_dir / "tb" / f"reference_{reference_name(reference)}"
     events = Events(folder, 0)
     for record in read_reference(reference, 0).records:
         step = record.pop("step")

@@ -40,6 +40,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; none yet: no records. A last line that a kill cut is left out.
+
+    Raises:
+        ValueError: a line that is no JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def keep_lines_before(path: Path, first_step: int) -> None:
     """Drop a JSON-lines file's records from `first_step` on: a resumed run does them again."""
     if not path.exists():
