@@ -139,6 +139,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         notes = notes + check_resume(found, about, dataclasses.asdict(AVFullDiTConfig()))
     fresh, first = found is None, found.manifest.step if found else 0
     model = build_model(config, plan, fresh)
+    size = ds.describe_size(model, new_parameter_names(model))
     engine, rates = ds.build_engine(
         model, new_parameter_names(model), config.optimizer, plan.deepspeed
     )
@@ -151,7 +152,8 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         load_checkpoint(engine, found, world, ema)
         safety.last_good = found.tag
     judged = found.manifest.run.get("guard") if found else None
-    safety.attend(config.guard, first + 1 if first else 0, judged, engine.device)
+    resumed_at = first + 1 if first else 0
+    safety.attend(config.guard, resumed_at, judged, engine.device)
     ledger = run_dir / "substitutions.jsonl" if world.is_main else None
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
@@ -162,22 +164,27 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     bench = Bench(engine, held_out, objective, ema, config, world, safety)
     watch = build_watch(engine, config, plan, world, found.manifest.run.get("watch") if found
                         else None)
-    writer = MetricWriter(run_dir if world.is_main else None, first + 1 if first else 0,
-                          config.max_steps)
+    writer = MetricWriter(run_dir if world.is_main else None,
+                          None if config.validate_only else resumed_at, config.max_steps)
     validated = broadcast_object(writer.validated(first), world)
     if world.is_main:
-        card = write_start(run_dir, world, safety.straggler.hosts, first, seed=config.seed,
-                    resumed_from=found and found.tag, data=about["fingerprints"],
-                    weights=weight_fingerprints(config.task, config.wan, config.tangoflux))
-        resolved = {"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
-                    "data": dataclasses.asdict(plan.streams[0].metadata),
-                    "model": dataclasses.asdict(plan.model)}
-        writer.record(first + 1 if first else 0, resolved,
-                      {"environment": card, "parameters": ds.count_by(model, part_of)})
+        device, peak = device_name(engine.device), watch.scale.peak_tflops
+        if not config.validate_only:  # which makes nothing that a record would tell of
+            card = write_start(
+                run_dir, world, safety.straggler.hosts, first, seed=config.seed,
+                resumed_from=found and found.tag, data=about["fingerprints"],
+                weights=weight_fingerprints(config.task, config.wan, config.tangoflux),
+                peak={"device": device, "bf16_tflops": peak})
+            resolved = {"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
+                        "data": dataclasses.asdict(plan.streams[0].metadata),
+                        "model": dataclasses.asdict(plan.model)}
+            writer.record(resumed_at, resolved,
+                          {"environment": card, "parameters": ds.count_by(model, part_of)})
         writer.say(
-            f"{config.task}: {ds.describe_size(model, new_parameter_names(model))}; "
+            f"{config.task}: {size}; "
             f"attention {model.attention_kernel}; recompute {config.recompute}\n"
             f"{ds.describe_batch(plan.deepspeed, world)}\n"
+            + (f"mfu of {peak:g} TFLOP/s, {device}\n" if peak else "")
             + (f"resuming at step {first}" if first else "starting from the pretrained backbones")
             + "".join(f"\nnote: {note}" for note in notes)
         )
@@ -199,9 +206,10 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             step % config.validate_every == 0 or last or config.validate_only
         ):
             with safety.phase("validation"):
-                held = bench.survive("validation", step, partial(bench.validate, step))
+                known = step == first and validated
+                held = bench.survive("validation", step, partial(bench.validate, step, not known))
             if held:
-                writer.held_out(step, held, recorded=step == first and validated)
+                writer.held_out(step, held, recorded=known)
         if config.sample_every and safety.stop is None and (step > first or fresh) and (
             step % config.sample_every == 0 or last
         ):
@@ -238,15 +246,19 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         if world.is_main and step == first + BUDGET_AGAIN:
             writer.say(budget(run_dir, step, *means))
         if step % config.health_every == 0:
-            moved = watch.health_record()
             with safety.phase("validation"):
+                moved = watch.health_record()
                 inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
             writer.scalars(step, moved | (inside or {}))
-    ended = safety.finish(step, config.validate_only)
+    ended = safety.finish(step, config.max_steps, config.validate_only)
     if world.is_main:
-        writer.say(summary(run_dir, ended, began.tick()))
+        writer.say(summary(run_dir, ended, began.tick(), f"{config.task}: {size}"))
     writer.close(step, dataclasses.asdict(config))
     loader.close()  # its processes would keep a job step alive
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def build_watch(
@@ -257,10 +269,9 @@ def build_watch(
     places = group_places(engine.module, new, config.optimizer)
     weights = (config.flow.video_loss_weight, config.flow.audio_loss_weight)
     device = engine.device
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     scale = Scale(config.global_batch_size, weights[: 2 if config.task == "t2av" else 1],
                   config.gradient_clipping, world.world_size,
-                  config.peak_tflops or peak_tflops(named))
+                  config.peak_tflops or peak_tflops(device_name(device)))
     return Watch(engine, Health(engine, part_of, places, world), scale,
                  partial(training_work, plan.model), state)
 

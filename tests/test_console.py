@@ -6,10 +6,12 @@ import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from training.console import budget, rank_log, summary
 from training.distributed import World
 from training.events import Events, drop_from, flatten
+from training.metrics import Clock
 
 
 def write_records(run_dir, *records: dict) -> None:
@@ -21,6 +23,34 @@ def test_budget_of_a_fresh_start_knows_the_disk_and_no_time(tmp_path):
     line = budget(tmp_path, 0, 100, 2, 1_000_000_000, True, {})
     assert line.startswith("budget: 100 steps to go; a checkpoint takes 16.00 GB, ")
     assert budget(tmp_path, 0, 100, 2, 10**15, False, {}).endswith("3 are wanted: make room")
+    end = str(int(time.time()) + 3 * 3600)
+    assert "100 steps to go; this job has 3.0 h left; a checkpoint" in budget(
+        tmp_path, 0, 100, 2, 10, False, {"SLURM_JOB_END_TIME": end})
+
+
+def test_budget_counts_what_lies_between_the_steps(tmp_path):
+    write_records(tmp_path, *({
+        "step": s, "time/step_seconds": 2.0, "time/validation_seconds": 30.0 if s % 50 == 0 else 0,
+        "time/checkpoint_seconds": 20.0 if s % 50 == 0 else 0} for s in range(0, 101, 10)))
+    line = budget(tmp_path, 100, 1100, 2, 10, False, {})
+    assert "1000 steps to go at 2.00 s and 1.00 s for saves, validation and samples, 50 min" in line
+
+
+def test_a_record_that_cannot_be_read_ends_no_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    assert budget(tmp_path, 1, 2, 2, 10, False, {}).startswith("budget: 1 steps to go; a check")
+    assert "done after 0:00:01" in summary(tmp_path, "done", 1, "t2v: 5 parameters")
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be read") == 2
+
+
+def test_time_left_counts_what_lies_between_the_steps(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    for away in (500.0, 0.0, 10.0):  # the first is a start's own
+        now[0] += 10 * 1.0 + away
+        assert clock.tick(10, {"validation": away, "data": 3.0}) == pytest.approx(1.0)
+    assert clock.eta(60) == "0:01:30"  # 1 s a step, and 10 s in 20 steps
 
 
 def test_budget_of_a_resumed_run_names_hours_and_requeues(tmp_path):
@@ -38,9 +68,12 @@ def test_budget_of_a_resumed_run_names_hours_and_requeues(tmp_path):
 
 def test_summary_names_first_last_and_best(tmp_path):
     write_records(tmp_path, *({"step": s, "validation/loss_video": v}
-                              for s, v in ((0, 3.0), (5, 1.5), (10, 2.0))))
-    text = summary(tmp_path, "done: step 10", 61)
-    assert "done: step 10 after 0:01:01" in text
+                              for s, v in ((0, 3.0), (5, 1.5), (10, 2.0))),
+                  {"step": 10, "train/loss": 5.0, "train/loss_video": 2.0, "train/loss_audio": 3.0,
+                   "train/samples_seen": 80.0})
+    text = summary(tmp_path, "done: step 10", 61, "t2av: 7 parameters, 2 of them new")
+    assert "done: step 10 after 0:01:01" in text and "t2av: 7 parameters" in text
+    assert "training loss at step 10: 5.0000  video 2.0000  audio 3.0000  after 80 samples" in text
     assert "first 3.0000  last 2.0000  best 1.5000 at step 5" in text
     assert f"python -m tools.report {tmp_path}" in text
 
@@ -55,6 +88,25 @@ def test_a_rank_log_holds_what_was_said_and_what_ended_the_rank(tmp_path, capsys
     assert text.count("rank 3 of 4") == 2 and text.count("aside") == 2
     assert text.index("one") < text.index("the end of one") < text.index("\ntwo\n")
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_console_that_takes_nothing_ends_no_run(tmp_path, monkeypatch):
+    full = open("/dev/full", "w", buffering=1)
+    monkeypatch.setattr("sys.stdout", full)
+    with rank_log(tmp_path, World(0, 1, 0, 1, "test")):
+        print("a word that the job's log has no room for", flush=True)
+    assert "no room for" in (tmp_path / "logs" / "rank00000.log").read_text()
+
+
+def test_a_progress_bar_is_not_logged(tmp_path, capsys):
+    with rank_log(tmp_path, World(0, 1, 0, 1, "test")):
+        bar = tqdm(total=3, file=sys.stdout, mininterval=0)
+        bar.update()
+        bar.write("a line", file=sys.stdout)
+        bar.close()
+    text = (tmp_path / "logs" / "rank00000.log").read_text()
+    assert "a line\n" in text and "1/3" not in text
+    assert "1/3" in capsys.readouterr().out
 
 
 def test_event_files_are_cut_back_also_behind_a_torn_record(tmp_path):

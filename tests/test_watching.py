@@ -7,21 +7,25 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.schema import DataError
 from tests.launch import ROOT, environment, run, torchrun
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from tools import report
 from tools.watching import Bench
+from training.attempt import AttemptError
 from training.checkpoint import read_weights
 from training.config import ConfigError
 from training.distributed import World
@@ -29,7 +33,7 @@ from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records
 from training.scalars import SCALARS, described
 
-STEPS, KILLED_AT = 6, 5
+STEPS, KILLED_AT, SAVED_AT = 6, 4, 3
 WATCHED = ["log_every=2", "health_every=3", "sample_every=6", "validate_every=3", "save_every=2"]
 BLIND = ["log_every=100", "health_every=100", "validate_every=100", "save_every=100"]
 TIMES = ("time/", "throughput/", "memory/")  # differ from run to run
@@ -85,9 +89,12 @@ def runs(world) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(runs) -> Path:
-    """SIGKILL once step KILLED_AT is on record, then the same command again."""
+    """SIGKILL once step KILLED_AT is on record, then the same command again.
+
+    It resumes in the middle of a log period, whose sums come from the checkpoint.
+    """
     world = runs
-    command = [sys.executable, "train.py", f"{world}/run.yaml", *WATCHED, "log_every=1",
+    command = [sys.executable, "train.py", f"{world}/run.yaml", *WATCHED, "save_every=3",
                "sample_every=null"]
     path = world / "killed" / "metrics.jsonl"
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
@@ -98,7 +105,7 @@ def killed(runs) -> Path:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert f"resuming at step {KILLED_AT - 1}" in run(command).stdout
+    assert f"resuming at step {SAVED_AT}" in run(command).stdout
     return world / "killed"
 
 
@@ -118,6 +125,19 @@ def read_events(run_dir: Path) -> tuple[EventAccumulator, dict[str, dict[int, fl
 def test_every_documented_tag_is_there_and_nothing_else(runs):
     _, found = read_events(runs / "one")
     assert {described(tag) for tag in found} == set(SCALARS)
+    named = defaultdict(set)
+    for tag in found:
+        name = described(tag)
+        if "{" in name:
+            head, tail = re.split(r"{\w+}.*", name, maxsplit=1)
+            named[name].add(tag.removeprefix(head).removesuffix(tail))
+    parts = {"video_tower", "audio_tower", "joint_new"}
+    layers, times = {"layer00", "layer01"}, {f"{(i + 0.5) / 8:.2f}" for i in range(8)}
+    assert named["train/grad_norm_{part}"] == named["health/update_ratio_{part}"] == parts
+    assert named["health/activation_{part}"] <= parts | {"joint_video", "joint_audio"}
+    assert named["health/attention_audio_to_video/{layer}"] == layers
+    assert named["health/loss_video_t/{t}"] <= times
+    assert named["validation/loss_{modality}"] == {"video", "audio", "video_ema", "audio_ema"}
 
 
 def test_the_readme_documents_the_same_tags():
@@ -152,11 +172,10 @@ def test_a_killed_and_resumed_run_has_the_undisturbed_runs_curves(runs, killed):
     one, resumed = ({(record["step"], tag): value for record in read_records(runs / name)
                     for tag, value in record.items()} for name in ("one", "killed"))
     for key, value in one.items():
-        if key[1] not in ("train/loss", "train/skipped") and not key[1].startswith(
-                (*TIMES, "train/loss")):
+        if not key[1].startswith(TIMES):
             assert resumed[key] == value, key
     steps = [record["step"] for record in read_records(runs / "killed") if "train/loss" in record]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(2, STEPS + 1, 2))
     for step in (0, 3, STEPS):
         for weights in ("raw", "ema"):
             assert read_rows(runs / "one", step, weights) == read_rows(killed, step, weights)
@@ -243,6 +262,23 @@ def test_validate_only_writes_no_step_twice(runs):
 
 
 @pytest.mark.slow
+def test_validate_only_leaves_the_runs_own_record_alone(runs):
+    """Its run went on behind the checkpoint that is measured: that curve stays, and all else."""
+    shutil.copytree(runs / "t2v", runs / "ahead")
+    ahead, late = runs / "ahead", {"step": 4, "train/loss": 9.0}
+    with open(ahead / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(late) + "\n")
+    kept = ["metrics.jsonl", "config/run.json", "config/starts.jsonl",
+            "validation/step00000003.jsonl"]
+    before = [(ahead / name).read_bytes() for name in kept]
+    said = run([sys.executable, "train.py", f"{runs}/run.yaml", "task=t2v", "max_steps=3",
+                f"run_dir={ahead}", "validate_only=true", "validation_samples=2"]).stdout
+    assert "step 3/3  held-out  video" in said and "validated: step 3" in said
+    assert [(ahead / name).read_bytes() for name in kept] == before
+    assert json.loads((ahead / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.slow
 def test_every_rank_leaves_a_log(runs):
     logs = [(runs / "two" / "logs" / f"rank0000{rank}.log").read_text() for rank in (0, 1)]
     assert "step 6/6  loss" in logs[0] and "rank 1 of 2" in logs[1]
@@ -259,7 +295,12 @@ def test_report_of_two_runs_is_one_file_that_opens_offline(runs, monkeypatch, ca
     for text in ("Paired difference, B minus A", "held-out video loss", "A: one", "B: t2v",
                  "samples per second", "<summary>run.json", "data:video/mp4;base64"):
         assert text in page, text
-    assert (runs / "one" / "tb" / "reference_metrics").is_dir()
+    assert page.count("reference two") >= 4  # in each plot of losses
+    overlay = EventAccumulator(str(runs / "one" / "tb" / "reference_two"))
+    overlay.Reload()
+    expected = [(record["step"], pytest.approx(record["train/loss_video"]))
+                for record in read_records(runs / "two") if "train/loss_video" in record]
+    assert [(e.step, e.value) for e in overlay.Scalars("train/loss_video")] == expected
 
 
 @pytest.mark.parametrize("text, why", [
@@ -292,15 +333,15 @@ def test_a_failed_validation_names_itself_and_training_goes_on(capsys):
     def fail(error: Exception):
         raise error
 
-    from data.schema import DataError
-
     alone, pair = (Bench(*[None] * 5, World(0, size, 0, size, "test"), None) for size in (1, 2))
     assert alone.survive("validation", 7, lambda: 3) == 3
     assert alone.survive("validation", 7, lambda: fail(RuntimeError("out of memory"))) is None
     assert pair.survive("validation", 8, lambda: fail(DataError("shard gone"))) is None
+    assert pair.survive("sampling", 8, lambda: fail(AttemptError("rank 1: OSError: full"))) is None
     assert capsys.readouterr().err.splitlines() == [
         "warning: validation at step 7 failed and training goes on: RuntimeError: out of memory",
         "warning: validation at step 8 failed and training goes on: DataError: shard gone",
+        "warning: sampling at step 8 failed and training goes on: rank 1: OSError: full",
     ]
     with pytest.raises(RuntimeError):  # the other rank waits in a collective
         pair.survive("validation", 9, lambda: fail(RuntimeError("out of memory")))

@@ -18,26 +18,28 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from training.distributed import World
-from training.metrics import format_seconds, read_records
+from training.metrics import NO_STEP, format_seconds, read_records
 
 RECENT = 50  # records from which the time of a step is taken
 
 
 class Tee(io.TextIOBase):
-    """A stream whose text goes into a file too; the file's troubles are its own."""
+    """A stream whose text goes into a file too. What neither takes is lost: no word ends a run."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self.stream, self.file = stream, file
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a file closed at exit
-            self.file.write(text)
-        return self.stream.write(text)
+        for one in (self.file, self.stream):
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a file closed at exit
+                if one is self.stream or not text.startswith("\r"):  # a bar that repaints itself
+                    one.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.file.flush()
-        self.stream.flush()
+        for one in (self.file, self.stream):
+            with contextlib.suppress(OSError, ValueError):
+                one.flush()
 
     def isatty(self) -> bool:
         return self.stream.isatty()
@@ -59,7 +61,8 @@ def rank_log(run_dir: Path, world: World) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            traceback.print_exc(file=file)
+            with contextlib.suppress(OSError):  # what was raised matters more
+                traceback.print_exc(file=file)
             raise
         finally:
             sys.stdout, sys.stderr = kept
@@ -76,20 +79,24 @@ def budget(
         parameters, averaged: for the size of a checkpoint before there is one: fp32 weights, two
             moments and, if averaged, the average.
     """
-    recent = [record["time/step_seconds"] for record in read_records(run_dir)
-              if "time/step_seconds" in record][-RECENT:]
+    timed = [record for record in _records(run_dir) if "time/step_seconds" in record][-RECENT:]
     to_go = max(0, max_steps - step)  # a run may be resumed with fewer steps than it has done
     words = f"budget: {to_go} steps to go"
-    if recent:
-        left = statistics.median(recent) * to_go
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    allowed = max(float(end) - time.time(), 1.0) if end.isdigit() else None
+    if timed:
+        each = statistics.median(record["time/step_seconds"] for record in timed)
+        beside = _seconds_beside(timed)
+        left = (each + beside) * to_go
         need = f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.0f} min"
-        words += f" at {statistics.median(recent):.2f} s, {need}"
-        end = environ.get("SLURM_JOB_END_TIME", "")
-        if end.isdigit():
-            allowed = max(float(end) - time.time(), 1.0)
+        more = f" and {beside:.2f} s for saves, validation and samples" if beside else ""
+        words += f" at {each:.2f} s{more}, {need}"
+        if allowed is not None:
             words += f" of the {allowed / 3600:.1f} h that this job has left"
             if left > allowed:
                 words += f", about {math.ceil(left / allowed) - 1} requeues"
+    elif allowed is not None:
+        words += f"; this job has {allowed / 3600:.1f} h left"
     saved = sorted((run_dir / "checkpoints").glob("step*"))
     size = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else (
         parameters * 4 * (4 if averaged else 3))
@@ -99,10 +106,39 @@ def budget(
     return words + ("" if fit >= wanted else f", {wanted} are wanted: make room")
 
 
-def summary(run_dir: Path, ended: str, seconds: float) -> str:
-    """What was trained, its best and last losses, and where everything is."""
-    records = read_records(run_dir)
-    lines = [f"{ended} after {format_seconds(seconds)}; run directory {run_dir}"]
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    """A run's records; a file that cannot be read leaves words out and ends nothing."""
+    try:
+        return read_records(run_dir)
+    except (OSError, ValueError) as error:
+        print(f"warning: {run_dir}/metrics.jsonl cannot be read: {error}", file=sys.stderr,
+              flush=True)
+        return []
+
+
+def _seconds_beside(timed: list[dict[str, Any]]) -> float:
+    """Per step, of the work between steps; the first record may hold a start's own."""
+    steps = timed[-1]["step"] - timed[0]["step"]
+    spent = sum(record.get(f"time/{phase}_seconds", 0.0) for record in timed[1:]
+                for phase in NO_STEP)
+    return spent / steps if steps > 0 else 0.0
+
+
+def summary(run_dir: Path, ended: str, seconds: float, trained: str) -> str:
+    """What was trained, its best and last losses, and where everything is.
+
+    Args:
+        trained: the task and the model's size, in words.
+    """
+    records = _records(run_dir)
+    lines = [f"{ended} after {format_seconds(seconds)}; run directory {run_dir}", f"  {trained}"]
+    last = next((record for record in reversed(records) if "train/loss" in record), None)
+    if last:
+        parts = "  ".join(f"{tag.removeprefix('train/loss_')} {last[tag]:.4f}"
+                          for tag in ("train/loss_video", "train/loss_audio") if tag in last)
+        lines.append(f"  training loss at step {last['step']}: {last['train/loss']:.4f}  {parts}"
+                     + (f"  after {last['train/samples_seen']:.0f} samples"
+                        if "train/samples_seen" in last else ""))
     for tag in dict.fromkeys(tag for record in records for tag in record
                              if tag.startswith("validation/loss_")):
         found = {record["step"]: record[tag] for record in records if tag in record}
@@ -112,8 +148,8 @@ def summary(run_dir: Path, ended: str, seconds: float) -> str:
                      f"best {found[best]:.4f} at step {best}")
     places: dict[str, Any] = {
         "curves": run_dir / "tb", "numbers": run_dir / "metrics.jsonl",
-        "checkpoints": run_dir / "checkpoints", "samples": run_dir / "samples" / "index.html",
-        "logs": run_dir / "logs",
+        "held-out": run_dir / "validation", "checkpoints": run_dir / "checkpoints",
+        "samples": run_dir / "samples" / "index.html", "logs": run_dir / "logs",
     }
     lines += [f"  {name:11s} {place}" for name, place in places.items() if place.exists()]
     return "\n".join([*lines, f"  to share      python -m tools.report {run_dir}"])

@@ -50,13 +50,14 @@ class Events:
     """The event files of one run; the first error is told, counted, and the last write.
 
     Args:
-        first_step: records from here on are dropped from what earlier starts wrote.
+        first_step: records from here on are dropped from what earlier starts wrote; None: none is.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int | None) -> None:
         self.errors = 0
         self.writer: SummaryWriter | None = None
-        self._try(lambda: drop_from(folder, first_step))
+        if first_step is not None:
+            self._try(lambda: drop_from(folder, first_step))
         self._try(lambda: self._open(folder))
 
     def _open(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.events import Events
-from training.run_dir import keep_lines_before, write_json
+from training.run_dir import keep_lines_before, read_lines, write_json
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
 HELD_OUT = ("validation/loss_video", "validation/loss_audio")
@@ -30,21 +30,22 @@ class MetricWriter:
     Args:
         run_dir: the run directory; None on the ranks that do not write.
         first_step: first step of this process; older records beyond it are dropped, because a
-            resumed run does those steps again.
+            resumed run does those steps again. None: it trains nothing, and all stay.
         max_steps: where the bar ends, which is shown on a terminal only.
     """
 
-    def __init__(self, run_dir: Path | None, first_step: int, max_steps: int = 0) -> None:
+    def __init__(self, run_dir: Path | None, first_step: int | None, max_steps: int = 0) -> None:
         self.run_dir, self.max_steps = run_dir, max_steps
         self.bar: Any = None
         self.waiting: list[str] = []  # lines that a full disk did not take
         if run_dir is None:
             return
         self.path = run_dir / "metrics.jsonl"
-        keep_lines_before(self.path, first_step)
+        if first_step is not None:
+            keep_lines_before(self.path, first_step)
         self.events = Events(run_dir / "tb", first_step)
         self.fresh = first_step == 0
-        if sys.stdout.isatty() and max_steps:
+        if sys.stdout.isatty() and max_steps and first_step is not None:
             self.bar = tqdm(total=max_steps, initial=max(first_step - 1, 0), unit="step",
                             dynamic_ncols=True, file=sys.stdout)
 
@@ -59,14 +60,16 @@ class MetricWriter:
 
     def _write_lines(self) -> None:
         """Append what is waiting; a disk that takes part of it is asked again at the next step."""
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = None
         try:
+            size = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(self.waiting)
             self.waiting = []
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
             if len(self.waiting) == 1:
                 print(f"warning: {self.path} cannot be written ({error}); tried again at every "
                       "log step", file=sys.stderr, flush=True)
@@ -151,14 +154,8 @@ class MetricWriter:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run; none yet: no records."""
-    return read_metrics(run_dir / "metrics.jsonl")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line that a kill has cut is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """metrics.jsonl of a run."""
+    return read_lines(run_dir / "metrics.jsonl")
 
 
 class Clock:
@@ -167,6 +164,7 @@ class Clock:
     def __init__(self) -> None:
         self.last = time.perf_counter()
         self.average: float | None = None
+        self.away, self.steps = 0.0, 0  # seconds beside the steps, once the first ones are done
 
     def tick(self, steps: int = 1, spent: Mapping[str, float] | None = None) -> float:
         """Seconds per step since the last tick, less what was ``spent`` on work that is none."""
@@ -174,11 +172,15 @@ class Clock:
         away = sum((spent or {}).get(phase, 0.0) for phase in NO_STEP)
         seconds = (now - self.last - away) / steps
         self.last = now
+        if self.average is not None:  # a start's own held-out losses and samples do not come again
+            self.away, self.steps = self.away + away, self.steps + steps
         self.average = seconds if self.average is None else 0.9 * self.average + 0.1 * seconds
         return seconds
 
     def eta(self, steps_left: int) -> str:
-        return format_seconds((self.average or 0.0) * steps_left)
+        """Time to the end, with saves, validation and samples as often as so far."""
+        beside = self.away / max(self.steps, 1)
+        return format_seconds(((self.average or 0.0) + beside) * steps_left)
 
 
 def format_seconds(seconds: float) -> str:

@@ -127,10 +127,11 @@ class Safety:
         self.requests.took("step", time.monotonic() - self.began)
         return Agreed(sums if applied else [0.0] * len(sums), applied, said)
 
-    def finish(self, step: int, validate_only: bool = False) -> str:
+    def finish(self, step: int, max_steps: int, validate_only: bool = False) -> str:
         """Leave the run's status for whoever started it; how it ended, in words."""
         if validate_only:  # nothing was trained: a batch script must not go on from here
-            self.status("stopped", step=step, reason="validate_only")
+            self.status("done" if step >= max_steps else "stopped", step=step,
+                        reason="validate_only")
             return f"validated: step {step}"
         if self.stop is None:
             self.status("done", step=step)

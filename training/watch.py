@@ -4,6 +4,7 @@ A step's sums ride on the one gather that every step has anyway; norms are read 
 that are logged. Nothing here draws a random number or touches a gradient. Called by train.py.
 """
 
+import math
 import resource
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -133,7 +134,7 @@ class Watch:
 
     def _losses(self) -> dict[str, float]:
         video, audio, samples, heard = self.period.sum(dim=0).tolist()
-        means = {"video": video / samples, "audio": audio / max(heard, 1)}
+        means = {"video": video / samples} | ({"audio": audio / heard} if heard else {})
         values, total = {}, 0.0
         for (name, mean), weight in zip(means.items(), self.scale.loss_weights, strict=False):
             values[f"train/loss_{name}"] = mean
@@ -144,7 +145,7 @@ class Watch:
     def _norms(self) -> dict[str, float]:
         total = sum(norm**2 for norm in self.norms.values()) ** 0.5
         values = {f"train/grad_norm_{part}": norm for part, norm in self.norms.items()}
-        clipped = 0 < self.scale.clipping < total
+        clipped = 0 < self.scale.clipping < total < math.inf  # not finite: skipped
         return values | {"train/grad_norm": total, "train/clipped": float(clipped)}
 
     def health_record(self) -> dict[str, float]:
