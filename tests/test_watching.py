@@ -27,7 +27,7 @@ from tools import report
 from tools.watching import Bench
 from training.attempt import AttemptError
 from training.checkpoint import read_weights
-from training.config import ConfigError
+from training.config import ConfigError, read_yaml
 from training.distributed import World
 from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records
@@ -312,6 +312,18 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"--reference={path}: .*{why}.*give the metrics.jsonl"):
         report.read_reference(path, 0)
+
+
+def test_the_kept_reference_is_a_whole_run():
+    """benchmarks/playground/t2av.jsonl: "is my loss normal?" is asked against it."""
+    curves = report.read_reference(ROOT / "benchmarks" / "playground" / "t2av.jsonl", 0)
+    tags = {tag for record in curves.records for tag in record if tag != "step"}
+    assert {described(tag) for tag in tags} <= set(SCALARS)
+    for tag in ("train/loss", "validation/loss_video_ema"):
+        steps, losses = curves.points(tag)
+        assert (steps[1:] > steps[:-1]).all(), f"{tag} holds a step twice"
+        assert steps[-1] == read_yaml(ROOT / "configs" / "playground_t2av.yaml")["max_steps"]
+        assert losses[-1] < losses[0]
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):
