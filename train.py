@@ -152,9 +152,9 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         load_checkpoint(engine, found, world, ema)
         safety.last_good = found.tag
     judged = found.manifest.run.get("guard") if found else None
-    resumed_at = first + 1 if first else 0
+    resumed_at = None if config.validate_only else first + 1 if first else 0
     safety.attend(config.guard, resumed_at, judged, engine.device)
-    ledger = run_dir / "substitutions.jsonl" if world.is_main else None
+    ledger = None if config.validate_only or not world.is_main else run_dir / "substitutions.jsonl"
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
         ledger, safety.straggler.waited,
@@ -164,12 +164,11 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     bench = Bench(engine, held_out, objective, ema, config, world, safety)
     watch = build_watch(engine, config, plan, world, found.manifest.run.get("watch") if found
                         else None)
-    writer = MetricWriter(run_dir if world.is_main else None,
-                          None if config.validate_only else resumed_at, config.max_steps)
+    writer = MetricWriter(run_dir if world.is_main else None, resumed_at, config.max_steps)
     validated = broadcast_object(writer.validated(first), world)
     if world.is_main:
         device, peak = device_name(engine.device), watch.scale.peak_tflops
-        if not config.validate_only:  # which makes nothing that a record would tell of
+        if resumed_at is not None:  # validate_only makes nothing that a record would tell of
             card = write_start(
                 run_dir, world, safety.straggler.hosts, first, seed=config.seed,
                 resumed_from=found and found.tag, data=about["fingerprints"],
@@ -207,7 +206,9 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         ):
             with safety.phase("validation"):
                 known = step == first and validated
-                held = bench.survive("validation", step, partial(bench.validate, step, not known))
+                validate = partial(bench.validate, step, not known)
+                held = validate() if config.validate_only else bench.survive(
+                    "validation", step, validate)
             if held:
                 writer.held_out(step, held, recorded=known)
         if config.sample_every and safety.stop is None and (step > first or fresh) and (

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -59,10 +60,14 @@ class Ledger:
         for told in substitutions:
             self.bad[told["shard"]] = told["samples"]
         if self.path is not None and substitutions:
-            with open(self.path, "a", encoding="utf-8") as file:
-                for told in substitutions:
-                    line = {"step": step} | {k: v for k, v in told.items() if k != "samples"}
-                    file.write(json.dumps(line) + "\n")
+            lines = [{"step": step} | {k: v for k, v in told.items() if k != "samples"}
+                     for told in substitutions]
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            except OSError as error:  # one rank's alone: the others have gone on
+                print(f"warning: {self.path} cannot be written ({error}): {lines}",
+                      file=sys.stderr, flush=True)
         limit, lost = self.config.max_substituted_fraction, sum(self.bad.values())
         if lost > limit * total:
             raise DataError(

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 import train
+from data.schema import DataError
 from experiment import RunConfig, build_plan
 from model.objective import Objective
+from tools import preview
 from training.config import load_config
 from training.distributed import leave, resolve_world, shutdown, start
 from training.guard import BadNumbersError
@@ -104,6 +106,10 @@ class Fault:
         return video, audio
 
 
+def no_decoders(*arguments: Any) -> None:
+    raise DataError("wan=gone: no such folder")
+
+
 def run_all(path: Path, fault: Fault) -> None:
     world = resolve_world(os.environ)
     start(world, 5)
@@ -127,4 +133,6 @@ if __name__ == "__main__":
         leave(0)
     else:
         injected.spec |= json.loads(os.environ.get("FAULT", "{}"))
+        if injected.spec["kind"] == "blind" and injected.spec["rank"] == injected.rank:
+            preview.Decoders = no_decoders  # type: ignore[assignment, misc]
         leave(train.main(sys.argv[1:]))

@@ -98,6 +98,16 @@ def test_a_console_that_takes_nothing_ends_no_run(tmp_path, monkeypatch):
     assert "no room for" in (tmp_path / "logs" / "rank00000.log").read_text()
 
 
+def test_a_rank_log_that_takes_nothing_ends_no_run(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank00000.log").symlink_to("/dev/full")
+    with rank_log(tmp_path, World(0, 1, 0, 1, "test")):
+        print("done")
+    with pytest.raises(KeyError), rank_log(tmp_path, World(0, 1, 0, 1, "test")):
+        raise KeyError("what ended it")
+    assert capsys.readouterr().out == "done\n"
+
+
 def test_a_progress_bar_is_not_logged(tmp_path, capsys):
     with rank_log(tmp_path, World(0, 1, 0, 1, "test")):
         bar = tqdm(total=3, file=sys.stdout, mininterval=0)

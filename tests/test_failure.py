@@ -75,20 +75,27 @@ def test_a_real_allocation_that_fails_is_one():
 
 @pytest.mark.faults
 def test_what_fails_on_one_rank_between_steps_ends_no_training(tmp_path):
-    """Held-out losses and gauges of rank 1 fail; both ranks hear it, and train on."""
+    """Held-out losses, gauges and decoders of rank 1 fail; both ranks hear it, and train on."""
     root = write_world(tmp_path)
-    ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "validate_every=4",
-                      "health_every=4"], {"kind": "blind", "rank": 1, "steps": [0]})
-    codes, outputs = ranks.finish()
+    arguments = [f"{root}/run.yaml", f"run_dir={root}/run", "validate_every=4", "health_every=4",
+                 "sample_every=8", "samples.num_steps=2"]
+    codes, outputs = Ranks(2, arguments, {"kind": "blind", "rank": 1, "steps": [0]}).finish()
     assert codes == [0, 0], outputs
     told = "failed and training goes on: rank 1: RuntimeError: no memory to look with"
     for what in ("validation at step 0", "validation at step 8", "looking inside at step 4"):
         assert f"warning: {what} {told}" in outputs[0], what
+    assert ("warning: sampling at step 8 failed and training goes on: rank 1: DataError: wan=gone: "
+            "no such folder") in outputs[0]
     records = lines(root / "run" / "metrics.jsonl")
     assert not any("validation/loss_video" in record for record in records)
     assert [record["step"] for record in records if "train/loss" in record] == list(range(1, 9))
     assert any("health/update_ratio_video_tower" in record for record in records)
     assert not list((root / "run").glob("failures/*"))
+    # A start that was to validate and could not has failed.
+    codes, outputs = Ranks(1, [*arguments, "validate_only=true"],
+                           {"kind": "blind", "rank": 0, "steps": [0]}).finish()
+    assert codes == [1] and "no memory to look with" in outputs[0]
+    assert "validated" not in outputs[0]
 
 
 @pytest.mark.faults

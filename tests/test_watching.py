@@ -134,7 +134,8 @@ def test_every_documented_tag_is_there_and_nothing_else(runs):
     parts = {"video_tower", "audio_tower", "joint_new"}
     layers, times = {"layer00", "layer01"}, {f"{(i + 0.5) / 8:.2f}" for i in range(8)}
     assert named["train/grad_norm_{part}"] == named["health/update_ratio_{part}"] == parts
-    assert named["health/activation_{part}"] <= parts | {"joint_video", "joint_audio"}
+    assert named["health/activation_{part}"] == parts - {"joint_new"} | {
+        "joint_video", "joint_audio"}
     assert named["health/attention_audio_to_video/{layer}"] == layers
     assert named["health/loss_video_t/{t}"] <= times
     assert named["validation/loss_{modality}"] == {"video", "audio", "video_ema", "audio_ema"}
@@ -268,8 +269,10 @@ def test_validate_only_leaves_the_runs_own_record_alone(runs):
     ahead, late = runs / "ahead", {"step": 4, "train/loss": 9.0}
     with open(ahead / "metrics.jsonl", "a") as file:
         file.write(json.dumps(late) + "\n")
+    for name in ("skips.jsonl", "substitutions.jsonl"):
+        (ahead / name).write_text(json.dumps({"step": 4}) + "\n")
     kept = ["metrics.jsonl", "config/run.json", "config/starts.jsonl",
-            "validation/step00000003.jsonl"]
+            "validation/step00000003.jsonl", "skips.jsonl", "substitutions.jsonl"]
     before = [(ahead / name).read_bytes() for name in kept]
     said = run([sys.executable, "train.py", f"{runs}/run.yaml", "task=t2v", "max_steps=3",
                 f"run_dir={ahead}", "validate_only=true", "validation_samples=2"]).stdout

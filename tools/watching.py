@@ -7,6 +7,7 @@ trains as one that is not, bit for bit (tests/test_watching.py). Called by train
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,15 @@ from training.safety import Safety
 
 T = TypeVar("T")
 GAUGED_SAMPLES = 4
+
+
+@contextmanager
+def told_alone(what: str) -> Iterator[None]:
+    """Around what rank 0 writes while the others go on: what a disk does to it is a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} are not kept: {error}", file=sys.stderr, flush=True)
 
 
 class Bench(NamedTuple):
@@ -68,11 +78,8 @@ class Bench(NamedTuple):
                 found["ema"] = rows()
             values |= summarise(found["ema"], VALIDATION_T, "_ema")
         if keep and self.world.is_main:
-            try:
+            with told_alone(f"held-out losses of step {step} per sample"):
                 write_rows(Path(self.config.run_dir), step, found, VALIDATION_T)
-            except OSError as error:  # one rank's alone: the others have gone on
-                print(f"warning: held-out losses of step {step} per sample are not kept: {error}",
-                      file=sys.stderr, flush=True)
         return values
 
     def look_inside(self, step: int) -> dict[str, float]:
@@ -97,7 +104,8 @@ class Bench(NamedTuple):
         folder = draw_previews(preview, self.engine, step, self.world,
                                lambda: self.safety.watchdog.enter("sampling"))
         if folder:
-            log_previews(folder, step, writer.events, first.metadata.sample_rate)
+            with told_alone(f"samples of step {step} in TensorBoard"):
+                log_previews(folder, step, writer.events, first.metadata.sample_rate)
             writer.say(f"step {step}/{config.max_steps}  samples {folder.parent}/index.html")
 
     def survive(self, what: str, step: int, action: Callable[[], T]) -> T | None:

@@ -53,19 +53,22 @@ def rank_log(run_dir: Path, world: World) -> Iterator[None]:
     """What this rank prints, and what ends it, also into RUN/logs/rankNNNNN.log."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"rank{world.rank:05d}.log", "a", buffering=1, encoding="utf-8") as file:
-        file.write(f"--- start {time.strftime('%Y-%m-%dT%H:%M:%S%z')}, pid {os.getpid()}, rank "
-                   f"{world.rank} of {world.world_size}\n")
-        kept = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (Tee(stream, file) for stream in kept)  # type: ignore[assignment]
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):  # what was raised matters more
-                traceback.print_exc(file=file)
-            raise
-        finally:
-            sys.stdout, sys.stderr = kept
+    file = open(folder / f"rank{world.rank:05d}.log", "a", buffering=1, encoding="utf-8")
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Tee(stream, file) for stream in kept)  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(OSError):
+            file.write(f"--- start {time.strftime('%Y-%m-%dT%H:%M:%S%z')}, pid {os.getpid()}, "
+                       f"rank {world.rank} of {world.world_size}\n")
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what was raised matters more
+            traceback.print_exc(file=file)
+        raise
+    finally:
+        sys.stdout, sys.stderr = kept
+        with contextlib.suppress(OSError):  # it tries once more to write what a full disk refused
+            file.close()
 
 
 def budget(

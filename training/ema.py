@@ -47,8 +47,8 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for shard, flat in zip(self.shards, self.flats, strict=True):
-            weights = shard.flat.clone()
+        kept = [shard.flat.clone() for shard in self.shards]  # all first: no memory, no half swap
+        for shard, flat, weights in zip(self.shards, self.flats, kept, strict=True):
             shard.flat.copy_(flat)
             flat.copy_(weights)
         publish_weights(self.engine)

@@ -66,7 +66,7 @@ class Guard:
     """Screens every micro-batch's loss, judges every step; the same verdict on every rank."""
 
     def __init__(
-        self, config: GuardConfig, run_dir: Path, world: World, first_step: int,
+        self, config: GuardConfig, run_dir: Path, world: World, first_step: int | None,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.run_dir, self.world = config, run_dir, world
@@ -76,7 +76,7 @@ class Guard:
         self.partial: list[torch.Tensor] = []  # this step's micro-batch losses
         self.spiked = False
         self.path = run_dir / "skips.jsonl"
-        if world.is_main:
+        if world.is_main and first_step is not None:
             keep_lines_before(self.path, first_step)
 
     def state(self) -> dict[str, Any]:

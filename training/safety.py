@@ -80,7 +80,7 @@ class Safety:
         self.watchdog.enter("compute")
 
     def attend(
-        self, config: GuardConfig, first_step: int, judged: dict[str, Any] | None,
+        self, config: GuardConfig, first_step: int | None, judged: dict[str, Any] | None,
         device: torch.device,
     ) -> None:
         """What can be made only once the engine exists; `judged` is the checkpoint's guard."""
