@@ -32,6 +32,11 @@ with Watchdog(WatchdogConfig(data=3, compute=60), failure) as watchdog:
         watchdog.enter("data")
         time.sleep(1)
     watchdog.enter(sys.argv[2])
+    if sys.argv[3] == "peer ends":
+        failure.wait_for_others = lambda: time.sleep(3)
+        while not failure.alarm.exists():
+            time.sleep(0.01)
+        raise ConnectionError("connection closed by peer")
     if sys.argv[3] != "leave":
         stuck_in_a_read()
 print("left in order")
@@ -65,6 +70,13 @@ def test_it_ends_with_76_also_where_the_disk_is_what_hangs(tmp_path, disk):
     assert done.returncode == 76 and time.monotonic() - began < 40
     if disk == "full disk":
         assert "watchdog.data=3 seconds; nothing could be written of it" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_peer_that_ends_first_does_not_change_the_code(tmp_path):
+    """The collective this rank hangs in breaks when the other rank's watchdog ends it."""
+    done, _ = start(tmp_path, "data", "peer ends")
+    assert done.returncode == 76, done.stderr
 
 
 @pytest.mark.faults

@@ -56,7 +56,7 @@ class Safety:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        self.watchdog.__exit__()
+        self.watchdog.__exit__(*raised)
         if raised[1] is not None:
             with suppress(OSError):  # what was raised matters more
                 self.status("failed", reason=f"{raised[0].__name__}: {raised[1]}")

@@ -62,7 +62,10 @@ class Watchdog:
             thread.start()
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, *raised: object) -> None:
+        if any(raised) and self.ending.locked():
+            # The first rank to end broke the call that this one hung in: its own alarm stands.
+            time.sleep(END_SECONDS + 1)
         self.stopped.set()
 
     def _watch(self) -> None:
