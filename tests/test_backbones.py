@@ -4,15 +4,21 @@ weights/playground/QUALITY.md has the numbers on many clips; the limits here lea
 small sample only where that is said.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, AutoencoderOobleck, WanTransformer3DModel
 from safetensors import safe_open
 
+from model.encoders import AudioVAE, VideoVAE
 from model.files import iter_tensors, read_json, weight_files
 from tools.backbones import common, measure, metrics
-from tools.backbones.clips import halve_frames, third_rate
+from tools.backbones import latents as cached
+from tools.backbones.clips import TRAIN_SEED, halve_frames, small_clip, third_rate
+from tools.backbones.video_vae import to_tensor
+from tools.backbones.whole_sequence import decode, encode, whole_sequence
 
 CLIPS = 12
 
@@ -61,6 +67,19 @@ def test_text_states_hold_the_attributes():
     for name in ("colours", "count", "material"):
         assert quality["video"][name] >= 0.95, quality
     assert quality["audio"]["material"] >= 0.95, quality
+
+
+def test_one_pass_over_a_clip_equals_the_chunks():
+    """The towers' latents are made in one pass, those of `data.prepare` in diffusers' chunks."""
+    video_vae = VideoVAE.from_folder(common.WAN)
+    clip = next(c for c in map(lambda i: measure.make_clip(5, i), range(20)) if c.facts.colours)
+    video = to_tensor(halve_frames(clip.frames)[:25])
+    latents = video_vae.encode(video)
+    frames = video_vae.vae.decode(latents).sample
+    vae = whole_sequence(video_vae.vae)
+    with torch.no_grad():
+        torch.testing.assert_close(encode(vae, video).chunk(2, dim=1)[0], latents)
+        torch.testing.assert_close(decode(vae, latents).clamp(-1, 1), frames, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["video", "audio"])
@@ -125,6 +144,26 @@ def test_onsets_of_a_delayed_sound_are_late_by_the_delay():
     late = np.roll(wave, 160, axis=1)  # 10 ms
     assert metrics.onset_errors(wave, wave, clip.facts).max() == 0
     assert abs(np.median(metrics.onset_errors(late, wave, clip.facts)) - 10) <= 1
+
+
+def test_cached_latents_are_those_of_the_clips(tmp_path, monkeypatch):
+    """Made side by side from (seed, index), in order; captions in more than one batch."""
+    monkeypatch.setattr(cached, "TEXTS", 2)
+    for kind in ("video", "audio"):
+        cached.build(tmp_path, kind, 3, 1)
+    video, audio = (cached.open_latents(tmp_path, kind) for kind in ("video", "audio"))
+    frames, sound = small_clip(measure.make_clip(TRAIN_SEED, 2))
+    encoders = VideoVAE.from_folder(common.WAN), AudioVAE.from_folder(common.TANGOFLUX)
+    expected = cached.encode_clip(*encoders, frames, sound)
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+    for found, wanted in zip((video.video, audio.audio_mean, audio.audio_std), expected,
+                             strict=True):
+        assert len(found) == 3
+        close(found[2:], wanted)
+    facts = measure.describe(TRAIN_SEED, 2)
+    alone = cached.encode_captions([facts.video_caption], [facts.audio_caption])
+    close(video.video_text[2:], alone.video)
+    close(audio.audio_text[2:], alone.audio)
 
 
 def test_captions_are_encoded_as_prepare_does(latents):

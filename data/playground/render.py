@@ -116,11 +116,15 @@ def draw_wind(rng: np.random.Generator, strength: float) -> np.ndarray:
         swing = (14 + 26 * strength) * np.sin(
             2 * np.pi * (0.5 + 0.6 * strength) * time + root / 60 + rng.uniform(0, 0.5)
         )
-        bend = root + (12 + swing) * (height / tall) ** 2  # (T,H,1)
-        width = 5.0 * np.clip(1 - height / tall, 0, 1) ** 0.5
-        cover = np.clip(width - np.abs(x[None] - bend) + 0.5, 0, 1) * (height < tall)
         colour = np.array([0.25, 0.48, 0.20]) * rng.uniform(0.8, 1.15)
-        frames += cover[..., None] * (colour - frames)
+        top = int((height[0, :, 0] >= tall).sum())  # the reed is drawn where it can be
+        rise = height[:, top:] / tall
+        bend = root + (12 + swing) * rise**2  # (T,H,1)
+        left, right = max(0, int(bend.min()) - 7), max(0, int(bend.max()) + 7)
+        width = 5.0 * (1 - rise) ** 0.5
+        cover = np.clip(width - np.abs(x[None, :, left:right] - bend) + 0.5, 0, 1)
+        patch = frames[:, top:, left:right]
+        patch += cover[..., None] * (colour - patch)
     return frames
 
 
@@ -149,4 +153,7 @@ AMBIENT = {"rain": draw_rain, "wind": draw_wind, "clouds": draw_clouds}
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
     """Float [0,1] to uint8 with rounding."""
-    return (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
+    pixels = np.empty(frames.shape, np.uint8)
+    for frame, out in zip(frames, pixels, strict=True):  # one at a time: it stays in the cache
+        out[...] = np.clip(frame, 0, 1) * 255 + 0.5
+    return pixels

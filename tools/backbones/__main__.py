@@ -4,8 +4,8 @@
     python -m tools.backbones video_vae     --cache .cache/world --minutes 40
     python -m tools.backbones audio_vae     --cache .cache/world --minutes 40
     python -m tools.backbones text          --minutes 8
-    python -m tools.backbones video_latents --cache .cache/world
-    python -m tools.backbones audio_latents --cache .cache/world
+    python -m tools.backbones video_latents --cache .cache/world --count 16384
+    python -m tools.backbones audio_latents --cache .cache/world --count 3072
     python -m tools.backbones video_decoder --cache .cache/world --minutes 43
     python -m tools.backbones video_fold    --cache .cache/world --channels 16
     python -m tools.backbones video_tower   --cache .cache/world --minutes 120 --threads 2
@@ -32,7 +32,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--cache", type=Path, default=Path(".cache/world"), help="arrays folder")
-    parser.add_argument("--count", type=int, default=1536, help="training clips (clips)")
+    parser.add_argument("--count", type=int, default=1536, help="training clips (clips, latents)")
     parser.add_argument("--channels", type=int, default=16, help="of the latents (video_fold)")
     parser.add_argument("--minutes", type=float, default=25.0, help="training time")
     parser.add_argument("--processes", type=int, default=2, help="for drawing clips")
@@ -75,7 +75,8 @@ def main() -> None:
     else:
         from tools.backbones import towers
 
-        towers.run(args.command, args.cache, args.minutes, args.processes, args.resume)
+        towers.run(args.command, args.cache, args.count, args.minutes, args.processes,
+                   args.resume)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,22 @@ std, umT5 states zero-padded to VIDEO_TEXT_LENGTH rows, all 64 T5 rows with thei
 
 from multiprocessing import Pool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from data.playground import describe
+from data.playground import describe, make_clip
 from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
 from tools.backbones import common
 from tools.backbones.audio_vae import window_of
-from tools.backbones.clips import FIRST_FRAME, TRAIN_SEED, WINDOW_FRAMES, open_cache
+from tools.backbones.clips import FIRST_FRAME, TRAIN_SEED, WINDOW_FRAMES, small_clip
 from tools.backbones.video_vae import to_tensor
+from tools.backbones.whole_sequence import encode, whole_sequence
 
 VIDEO_TEXT_LENGTH = 64  # rows the tiny video tower attends to (512 in the released one)
+TEXTS = 512  # captions encoded at once
 
 
 class Latents(NamedTuple):
@@ -49,42 +52,51 @@ def encode_clip(
 
 def encode_captions(video_captions: list[str], audio_captions: list[str]) -> Texts:
     """Text states of both encoders, padded as the towers expect them."""
+    count = len(video_captions)
     encoder = VideoTextEncoder.from_folder(common.WAN, "cpu", max_length=VIDEO_TEXT_LENGTH)
-    rows = encoder.encode(video_captions)
-    video = torch.zeros(len(rows), VIDEO_TEXT_LENGTH, rows[0].shape[-1])
-    for index, row in enumerate(rows):
-        video[index, :len(row)] = row
-    audio, mask = AudioTextEncoder.from_folder(common.TANGOFLUX, "cpu").encode(audio_captions)
-    return Texts(video, audio, mask)
+    other = AudioTextEncoder.from_folder(common.TANGOFLUX, "cpu")
+    video = torch.zeros(count, VIDEO_TEXT_LENGTH, encoder.width)
+    audio, mask = [], []
+    for start in range(0, count, TEXTS):
+        for index, row in enumerate(encoder.encode(video_captions[start:start + TEXTS]), start):
+            video[index, :len(row)] = row
+        states, true = other.encode(audio_captions[start:start + TEXTS])
+        audio.append(states)
+        mask.append(true)
+    return Texts(video, torch.cat(audio), torch.cat(mask))
 
 
-def _encode_video(job: tuple[Path, int, int]) -> torch.Tensor:
+@torch.no_grad()
+def _encode_video(indices: range) -> torch.Tensor:
     torch.set_num_threads(1)
-    cache, start, stop = job
-    frames, _ = open_cache(cache)
-    vae = VideoVAE.from_folder(common.WAN, "cpu")
-    windows = frames[start:stop, FIRST_FRAME:FIRST_FRAME + WINDOW_FRAMES]
-    return torch.cat([vae.normalize(vae.encode(to_tensor(window))) for window in windows])
+    wrapped = VideoVAE.from_folder(common.WAN, "cpu")
+    vae, parts = whole_sequence(wrapped.vae), []
+    for index in indices:
+        frames, _ = small_clip(make_clip(TRAIN_SEED, index))
+        window = to_tensor(frames[FIRST_FRAME:FIRST_FRAME + WINDOW_FRAMES])
+        parts.append(wrapped.normalize(encode(vae, window).chunk(2, dim=1)[0]))  # the mean
+    return torch.cat(parts)
 
 
-def _encode_audio(job: tuple[Path, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_audio(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
     torch.set_num_threads(1)
-    cache, start, stop = job
-    _, audio = open_cache(cache)
     vae = AudioVAE.from_folder(common.TANGOFLUX, "cpu")
-    parts = [vae.encode(window_of(sound)) for sound in audio[start:stop]]
+    clips = (small_clip(make_clip(TRAIN_SEED, index)) for index in indices)
+    parts = [vae.encode(window_of(sound)) for _, sound in clips]
     return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
 
 
-def build(cache: Path, kind: str, processes: int) -> None:
-    """Encode all clips of the cache, `kind` "video" or "audio", into cache/<kind>_latents.pt."""
-    count = len(open_cache(cache)[0])
-    jobs = [(cache, start, min(start + 64, count)) for start in range(0, count, 64)]
+def build(cache: Path, kind: str, count: int, processes: int) -> None:
+    """Draw and encode clips 0..count-1, `kind` "video" or "audio", into cache/<kind>.pt."""
+    cache.mkdir(parents=True, exist_ok=True)
+    jobs = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
     with Pool(processes) as pool:
-        if kind == "video":
-            torch.save(torch.cat(pool.map(_encode_video, jobs, chunksize=1)), cache / f"{kind}.pt")
-            return
-        parts = pool.map(_encode_audio, jobs, chunksize=1)
+        work: Any = _encode_video if kind == "video" else _encode_audio
+        parts = list(tqdm(pool.imap(work, jobs), total=len(jobs), desc=f"{kind}_latents",
+                          mininterval=10))
+    if kind == "video":
+        torch.save(torch.cat(parts), cache / f"{kind}.pt")
+        return
     mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     torch.save((mean, std), cache / f"{kind}.pt")
 

@@ -12,14 +12,23 @@ import torch
 
 from data.playground import Facts, describe, make_clip
 from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
+from model.sampling import Prompts, sample
 from tools.backbones import common, metrics, text
 from tools.backbones.audio_vae import window_of
-from tools.backbones.clips import FIRST_FRAME, HELD_OUT_SEED, WINDOW_FRAMES, small_clip
+from tools.backbones.clips import (
+    FIRST_FRAME,
+    HELD_OUT_SEED,
+    SAMPLE_RATE,
+    WINDOW_FRAMES,
+    small_clip,
+)
 from tools.backbones.latents import Latents, encode_captions, encode_clip
-from tools.backbones.towers import AudioTower, VideoTower
+from tools.backbones.recognise import judge
+from tools.backbones.towers import VIDEO_FLOW, AudioTower, VideoTower
 
 CLIPS = 48
 PROBE_TRAIN, PROBE_TEST = 1200, 400
+SAMPLED, GUIDANCE = 50, 2.0  # clips drawn by the video tower, their guidance
 NOISE_LEVELS = tuple((index + 0.5) / 8 for index in range(8))  # uniform u, before the shift
 
 
@@ -146,6 +155,38 @@ def caption_gain(tower: VideoTower | AudioTower, latents: Latents) -> metrics.Ca
     return metrics.CaptionGain(float(right.mean()), float(wrong.mean()), wins)
 
 
+@torch.no_grad()
+def sampled_quality(tower: VideoTower, shape: torch.Size, count: int = SAMPLED) -> dict:
+    """What the tracker makes of clips that the tower alone draws from held-out tight captions.
+
+    shape: (C,F,h,w) of one clip's latents.
+    """
+    facts = [describe(HELD_OUT_SEED, 2000 + index) for index in range(2 * count)]
+    facts = [f for f in facts if f.clip_class == "tight"][:count]
+    texts = encode_captions([f.video_caption for f in facts] + [""], [""] * (count + 1)).video
+    vae = VideoVAE.from_folder(common.WAN, "cpu")
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+    def velocity(
+        video: torch.Tensor, t: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return tower.model(video, t, text)[0].float(), None
+
+    latents, _ = sample(
+        velocity, Prompts(texts[:count]), Prompts(texts[count:].expand(count, -1, -1)), noise,
+        shift=VIDEO_FLOW.shift, guidance_video=GUIDANCE,
+    )
+    decoded = (vae.decode(one[None])[0].permute(1, 2, 3, 0).numpy() for one in latents)
+    silence = np.zeros((2, SAMPLE_RATE), np.float32)
+    found = judge([
+        (f, np.clip(np.round((frames + 1) * 127.5), 0, 255).astype(np.uint8), silence)
+        for f, frames in zip(facts, decoded, strict=True)
+    ])
+    keys = ("clips", "colours_right", "count_right", "both_right", "gravity")
+    return {"guidance": GUIDANCE} | {key: found[key] for key in keys}
+
+
 def _sizes() -> dict:
     files = sorted(common.WEIGHTS.rglob("*.safetensors"))
     sizes = {str(path.relative_to(common.WEIGHTS)): path.stat().st_size for path in files}
@@ -177,6 +218,14 @@ def write_report(quality: dict, path: Path) -> None:
         rows.append((f"{name} tower: loss, right / shuffled captions",
                      f"{gain['right']:.4f} / {gain['shuffled']:.4f}", "right < shuffled"))
         rows.append((f"{name} tower: clips where right wins", f"{gain['wins']:.2f}", ""))
+    drawn = quality["sampled"]
+    rows += [
+        (f"video tower: {drawn['clips']} clips at guidance {drawn['guidance']:g}, right "
+         "colours / count / both", f"{drawn['colours_right']:.2f} / {drawn['count_right']:.2f} / "
+         f"{drawn['both_right']:.2f}", ">= 0.80"),
+        ("video tower: fall in free flight (px / frame^2)",
+         f"{drawn['gravity']['median']:.3f}", f"{drawn['gravity']['asked']:.3f}"),
+    ]
     training = {k: v for k, v in quality.items() if k.endswith("_training")}
     lines = [
         "# Quality of the built-in world's backbones", "",
@@ -204,6 +253,7 @@ def main() -> None:
     video, audio = load_towers()
     gains = {"video": caption_gain(video, latents), "audio": caption_gain(audio, latents)}
     common.note("towers", {name: gain._asdict() for name, gain in gains.items()})
+    common.note("sampled", sampled_quality(video, latents.video.shape[1:]))
     common.note("sizes", _sizes())
     quality = common.load_json(common.WEIGHTS / "quality.json")
     write_report(quality, common.WEIGHTS / "QUALITY.md")

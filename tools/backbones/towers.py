@@ -188,6 +188,7 @@ def train(
         video_text=texts.video, audio_text=texts.audio, audio_text_mask=texts.audio_mask
     )
     optimizers = _optimizers(tower)
+    tower_loss = torch.compile(tower.loss)  # minutes once, then a step takes 0.7 of its time
     average = copy.deepcopy(tower).requires_grad_(False)
     budget, smooth = common.Budget(minutes), 0.0
     while budget.running():
@@ -196,7 +197,7 @@ def train(
         batch = _drop_captions(batch, empty, VIDEO_FLOW.caption_dropout)
         u = (torch.randperm(BATCH) + torch.rand(BATCH)) / BATCH  # stratified: less noise in t
         with torch.autocast("cpu", torch.bfloat16):
-            loss = tower.loss(batch, u.clamp(1e-4, 1 - 1e-4), tower.draw_noise(batch)).mean()
+            loss = tower_loss(batch, u.clamp(1e-4, 1 - 1e-4), tower.draw_noise(batch)).mean()
         common.update(tower, loss, *optimizers)
         _follow(average, tower, min(AVERAGE_DECAY, budget.step / (budget.step + 10)))
         smooth += (loss.item() - smooth) * max(0.01, 1 / budget.step)
@@ -210,11 +211,13 @@ def train(
     common.note(f"{name}_training", facts | {"threads": torch.get_num_threads()})
 
 
-def run(command: str, cache: Path, minutes: float, processes: int, resume: bool) -> None:
+def run(
+    command: str, cache: Path, count: int, minutes: float, processes: int, resume: bool
+) -> None:
     """The commands video_latents, audio_latents, video_tower and audio_tower."""
     kind, verb = command.split("_")
     if verb == "latents":
-        build(cache, kind, processes)
+        build(cache, kind, count, processes)
     else:
         torch.manual_seed(0)
         tower = VideoTower() if kind == "video" else AudioTower()

@@ -157,7 +157,7 @@ def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
     while budget.running():
         common.set_learning_rate(budget, DECODER_RATE, optimizer)
         size, latent_frames = (3, 5) if rng.uniform() < 0.5 else (1, 13)
-        chosen = rng.integers(0, len(stored), size)
+        chosen = rng.integers(0, min(len(stored), len(frames)), size)
         length = 4 * (latent_frames - 1) + 1
         video = to_tensor(np.stack([frames[c, FIRST_FRAME:FIRST_FRAME + length] for c in chosen]))
         latents = stored[torch.from_numpy(chosen)][:, :, :latent_frames]
