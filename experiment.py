@@ -151,7 +151,7 @@ def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
             raise CheckpointError(f"{run_dir}/checkpoints holds checkpoints but none is whole: "
                                   "move them away to start afresh")
         return [f"{run_dir}: no checkpoint; a start begins from the pretrained backbones"]
-    found = Found(tags[-1], read_manifest(tags[-1]), {})
+    found = Found(tags[-1], read_manifest(tags[-1]), {}, {})
     changed = check_resume(found, about_run(config, plan), dataclasses.asdict(AVFullDiTConfig()))
     return [f"a start resumes {found.tag}", *changed]
 

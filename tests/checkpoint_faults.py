@@ -112,13 +112,27 @@ def faults(folder: Path, world: World) -> None:
     say("too little space: refused with the numbers before anything is written", world)
 
     newest = root / tags.tag_of(7)
-    for victim in ("weight-00000.safetensors", "ema-00001.safetensors", manifest.MANIFEST):
+    for victim in ("weight-00000.safetensors", "ema-00001.safetensors",
+                   "exp_avg_sq-00000.safetensors", manifest.MANIFEST):
         kept = (newest / victim).read_bytes()
         on_main(world, lambda victim=victim: flip(newest / victim))
         found = tags.find_checkpoint(run_dir, world)
         assert found and found.tag.name == tags.tag_of(6) and victim in found.damaged[newest]
         on_main(world, lambda victim=victim, kept=kept: (newest / victim).write_bytes(kept))
     say("flipped bit: the one before is taken, which is told", world)
+
+    hashed = tags.file_sha256
+
+    def erring(path):
+        if path.parent == newest:
+            raise OSError(5, "Input/output error")
+        return hashed(path)
+
+    tags.file_sha256 = erring if world.rank == 1 else hashed
+    assert resume(build("stage3", world, seed=3), run_dir, world) == 6
+    tags.file_sha256 = hashed
+    assert resume(build("stage3", world, seed=3), run_dir, world) == 7
+    say("one that a rank could not read is passed over, and stays", world)
 
     other = build("stage3", world, seed=3)
     on_main(world, lambda: flip(newest / "exp_avg-00001.safetensors"))

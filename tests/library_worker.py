@@ -186,9 +186,9 @@ def torn(folder: Path, world: World) -> None:
         latest, until = folder / "latest", time.monotonic() + 20
         while latest.read_text() != "torn" and time.monotonic() < until:
             time.sleep(0.05)
-        if latest.read_text() == "torn" and failed == "OSError":
-            missing = not list((folder / "torn").glob("*rank_1_*optim_states.pt"))
-            print(f"F1 F2: `latest` is torn; rank 1's shard missing: {missing}", flush=True)
+        missing = not list((folder / "torn").glob("*rank_1_*optim_states.pt"))
+        if latest.read_text() == "torn" and failed == "OSError" and missing:
+            print("F1 F2: `latest` names a checkpoint without rank 1's shard", flush=True)
     sys.stdout.flush()
     os._exit(0)  # rank 0 waits for rank 1 inside DeepSpeed, or has lost it
 

@@ -3,6 +3,7 @@ checkpoint_worker.py and checkpoint_faults.py."""
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.launch import ROOT, environment, torchrun
+from training import tags
 from training.checkpoint import read_weights, write_weights
 from training.distributed import World
 from training.manifest import FORMAT, MANIFEST, Manifest, read_manifest, write_manifest
 from training.run_dir import CheckpointError
 from training.shards import Piece, Shard
-from training.storage import Slice, SliceReader, write_slices
-from training.tags import complete_tags, find_checkpoint
+from training.status import newest_step
+from training.storage import Slice, SliceReader, file_sha256, write_slices
+from training.tags import Retention, complete_tags, find_checkpoint, prune
 
 WORKER = "tests/checkpoint_worker.py"
 ALONE = World(0, 1, 0, 1, "alone")
@@ -39,6 +42,7 @@ def test_faults_on_two_ranks(tmp_path):
         "slow rank",
         "too little space",
         "flipped bit: the one before is taken",
+        "one that a rank could not read is passed over, and stays",
         "a damaged one is not counted among the last two",
         "no complete checkpoint: refused",
         "killed in the first save: a fresh start",
@@ -245,14 +249,46 @@ def test_a_pickle_in_place_of_tensors_is_not_run(small, tmp_path):
     for write in (lambda: path.write_bytes(poison), lambda: torch.save({"x": Poison()}, path)):
         write()  # with its right hash, as someone would who wants it to be read
         manifest = read_manifest(tag)
-        from training.storage import file_sha256
-
         manifest.files[path.name] = (path.stat().st_size, file_sha256(path))
         write_manifest(tag, manifest)
         assert complete_tags(tmp_path / "run") == [tag]
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_weights(tmp_path / "run")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    """A disk that errs may be well again: passed over and told, but kept."""
+    older, newer = (write_weights(tmp_path, step, {"x": torch.ones(3)}) for step in (3, 6))
+
+    def erring(path):
+        if path.parent == newer:
+            raise OSError(5, "Input/output error")
+        return file_sha256(path)
+
+    monkeypatch.setattr(tags, "file_sha256", erring)
+    found = find_checkpoint(tmp_path, ALONE)
+    assert found.tag == older and "Input/output error" in found.unread[newer]
+    assert not found.damaged
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        read_weights(tmp_path)
+    monkeypatch.undo()
+    (newer / "weight-00000.safetensors").write_bytes(b"cut")
+    found = find_checkpoint(tmp_path, ALONE)
+    assert newer in found.damaged and not found.unread
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path):
+    """`cp -r step00000003 step00000003.bak` neither counts nor goes, and stops no program."""
+    older, newer = (write_weights(tmp_path, step, {"x": torch.ones(3)}) for step in (3, 6))
+    copies = [shutil.copytree(tag, tag.with_name(tag.name + ".bak")) for tag in (older, newer)]
+    assert complete_tags(tmp_path) == [older, newer] and newest_step(tmp_path) == 6
+    assert find_checkpoint(tmp_path, ALONE).tag == newer
+    assert read_weights(tmp_path)[0] == 6
+    prune(tmp_path, Retention(last=1, every=3))
+    assert complete_tags(tmp_path) == [older, newer] and all(copy.is_dir() for copy in copies)
+    prune(tmp_path, Retention(last=1))
+    assert complete_tags(tmp_path) == [newer] and all(copy.is_dir() for copy in copies)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/etc/passwd", "a/b"])

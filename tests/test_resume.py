@@ -109,7 +109,7 @@ def test_every_free_key_is_one_of_the_configuration():
 
 def found(run: dict, damaged: dict | None = None) -> Found:
     manifest = Manifest(4, 1, 4, 0, {}, ["weight", "exp_avg", "exp_avg_sq"], [], {}, run)
-    return Found(Path("runs/a/checkpoints/step00000004"), manifest, damaged or {})
+    return Found(Path("runs/a/checkpoints/step00000004"), manifest, damaged or {}, {})
 
 
 def test_what_is_said_of_a_resume():

@@ -25,7 +25,7 @@ from model.objective import Objective
 from tools.export import load_model, read_run_file, read_setting
 from training.config import ConfigError, parse_config
 from training.guard import json_number
-from training.run_dir import CheckpointError
+from training.run_dir import CheckpointError, step_of
 from training.tags import complete_tags
 
 
@@ -35,7 +35,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def steps_kept(run: Path) -> list[int]:
-    return [int(tag.name.removeprefix("step")) for tag in complete_tags(run)]
+    return [step_of(tag) for tag in complete_tags(run)]
 
 
 def replay(

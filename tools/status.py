@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from training.config import ConfigError, overlay, parse_overrides, read_yaml
 from training.manifest import MANIFEST, read_manifest, wrong_size
-from training.run_dir import CheckpointError
+from training.run_dir import CheckpointError, step_of, tags_in
 from training.status import HOPELESS, TIME_FORMAT, is_told, read_status
 
 RECENT = 20  # training records that speed and mean loss are taken from
@@ -187,10 +187,10 @@ def describe_steps(run: Run) -> list[str]:
 
 def describe_checkpoint(run: Run) -> str:
     """The newest one, and whether its manifest and the sizes of its files are right."""
-    tags = sorted(run.path.glob(f"checkpoints/step*/{MANIFEST}"))
+    tags = [tag for tag in tags_in(run.path) if (tag / MANIFEST).is_file()]
     if not tags:
         return "none yet"
-    tag = tags[-1].parent
+    tag = tags[-1]
     try:
         manifest = read_manifest(tag)
         wrong = wrong_size(tag, manifest)
@@ -199,8 +199,8 @@ def describe_checkpoint(run: Run) -> str:
                          f"{manifest.world_size} ranks")
     except CheckpointError as error:
         told = str(error)
-    age = ago(run.now - tags[-1].stat().st_mtime)
-    return f"step {int(tag.name[4:])}, {age} ago, {told}; {len(tags)} there"
+    age = ago(run.now - (tag / MANIFEST).stat().st_mtime)
+    return f"step {step_of(tag)}, {age} ago, {told}; {len(tags)} there"
 
 
 def describe_jobs(run: Run) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from training.distributed import World, broadcast_object, gather_objects
 from training.ema import EMA
 from training.manifest import Manifest, read_manifest, write_manifest
-from training.run_dir import CheckpointError, SaveError, write_text
+from training.run_dir import CheckpointError, SaveError, step_of, write_text
 from training.shards import (
     MOMENTS,
     Piece,
@@ -209,7 +209,7 @@ def read_weights(
     Raises:
         CheckpointError: when there is none, naming those that exist, or it is damaged.
     """
-    tags = {int(tag.name[4:]): tag for tag in complete_tags(Path(run_dir))}
+    tags = {step_of(tag): tag for tag in complete_tags(Path(run_dir))}
     if not tags:
         raise CheckpointError(f"{run_dir}/checkpoints: no complete checkpoint; train first")
     step = max(tags) if step is None else step
@@ -220,7 +220,10 @@ def read_weights(
     if kind not in manifest.kinds:
         raise CheckpointError(f"{tag} holds no EMA: the run's ema_decay was not set")
     paths = _files(tag, manifest, kind)
-    problem = wrong_hash(tag, [path.name for path in paths], manifest)
+    try:
+        problem = wrong_hash(tag, [path.name for path in paths], manifest)
+    except OSError as error:
+        problem = str(error)
     if problem:
         others = sorted(tags.keys() - {step})
         raise CheckpointError(f"{problem}: restore it from a copy; other steps are {others}")

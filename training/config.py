@@ -135,8 +135,12 @@ def parse_config(cls: type[T], values: dict, where: str = "config") -> T:
         raise ConfigError(f"{where}: {key}={first['input']!r}: {message}") from error
 
 
+SAME = {"learning_rate": "lr"}  # another project's word -> ours, where no letter is alike
+
+
 def nearest(word: str, known: list[str], prefix: str = "") -> str:
     """Hint for an unknown word; ``prefix``: the section it stands in, with its dot."""
+    word = SAME.get(word, word)
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean '{prefix}{match[0]}'?" if match else "known: " + ", ".join(sorted(known))
 
@@ -153,7 +157,8 @@ def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:
     for key, value in values.items():
         if key not in known:
             name = prefix + str(key)
-            deeper = [f"{field}.{key}" for field in known if key in _field_names(hints[field])]
+            word = SAME.get(key, key)
+            deeper = [f"{field}.{word}" for field in known if word in _field_names(hints[field])]
             hint = f"did you mean '{prefix}{deeper[0]}'?" if deeper else \
                 nearest(str(key), known, prefix)
             raise ConfigError(f"{where}: unknown key '{name}'; {hint}")

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from training.distributed import World
 from training.metrics import NO_STEP, format_seconds, read_records
+from training.run_dir import tags_in
 
 RECENT = 50  # records from which the time of a step is taken
 
@@ -100,7 +101,7 @@ def budget(
                 words += f", about {math.ceil(left / allowed) - 1} requeues"
     elif allowed is not None:
         words += f"; this job has {allowed / 3600:.1f} h left"
-    saved = sorted((run_dir / "checkpoints").glob("step*"))
+    saved = tags_in(run_dir)
     size = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else (
         parameters * 4 * (4 if averaged else 3))
     fit = int(shutil.disk_usage(run_dir).free / max(size, 1))

@@ -17,6 +17,17 @@ class SaveError(CheckpointError):
     """A checkpoint that could not be written: the disk's fault, which may pass."""
 
 
+def tags_in(run_dir: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, oldest first; a copy (step00000500.bak) is none."""
+    folders = [path for path in (run_dir / "checkpoints").glob("step*")
+               if path.name[4:].isascii() and path.name[4:].isdigit()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(tag: Path) -> int:
+    return int(tag.name[4:])
+
+
 def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import ConfigError, overlay, parse_overrides, read_yaml
+from training.run_dir import step_of, tags_in
 
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -56,8 +57,8 @@ def latest_state(run_dir: Path) -> str:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest finished checkpoint, 0 without one."""
-    manifests = run_dir.glob("checkpoints/step*/manifest.json")
-    return max((int(path.parent.name.removeprefix("step")) for path in manifests), default=0)
+    finished = [tag for tag in tags_in(run_dir) if (tag / "manifest.json").is_file()]
+    return step_of(finished[-1]) if finished else 0
 
 
 def decide(run_dir: Path, code: int) -> tuple[bool, str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from training.distributed import World, broadcast_object, gather_objects
 from training.manifest import MANIFEST, Manifest, read_manifest, wrong_size
-from training.run_dir import CheckpointError
+from training.run_dir import CheckpointError, step_of, tags_in
 from training.storage import file_sha256
 
 PROTECTED = "PROTECTED"  # a file of this name in a tag keeps it for ever
@@ -28,11 +28,17 @@ class Retention:
 
 
 class Found(NamedTuple):
-    """A checkpoint whose every byte was checked, and the newer ones that were not whole."""
+    """A checkpoint whose every byte was checked, and the newer ones that were passed over."""
 
     tag: Path
     manifest: Manifest
     damaged: dict[Path, str]  # tag -> what is wrong with it
+    unread: dict[Path, str]  # tag -> the error that kept it from being read; it may be whole
+
+
+class Problem(NamedTuple):
+    words: str
+    unread: bool  # the disk's fault, which may pass
 
 
 def tag_of(step: int) -> str:
@@ -54,8 +60,8 @@ def prune(run_dir: Path, retention: Retention) -> None:
     whole = complete_tags(run_dir)
     keep = set(whole[-retention.last:])
     if retention.every:
-        keep |= {tag for tag in whole if int(tag.name[4:]) % retention.every == 0}
-    for tag in sorted((run_dir / "checkpoints").glob("step*")):
+        keep |= {tag for tag in whole if step_of(tag) % retention.every == 0}
+    for tag in tags_in(run_dir):
         if tag not in keep and not (tag / PROTECTED).exists():
             remove(tag)
 
@@ -71,13 +77,13 @@ def set_aside(tag: Path) -> None:
 def complete_tags(run_dir: Path) -> list[Path]:
     """Tags with a manifest and all files in their right sizes, oldest first."""
     found = []
-    for path in sorted((run_dir / "checkpoints").glob(f"step*/{MANIFEST}")):
+    for tag in tags_in(run_dir):
         try:
-            manifest = read_manifest(path.parent)
+            manifest = read_manifest(tag)
         except CheckpointError:
-            continue  # find_checkpoint tells
-        if not wrong_size(path.parent, manifest):
-            found.append(path.parent)
+            continue  # none yet, or find_checkpoint tells
+        if not wrong_size(tag, manifest):
+            found.append(tag)
     return found
 
 
@@ -85,43 +91,49 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
     """The newest checkpoint of which every byte is right; None for a fresh start.
 
     Every file is read and hashed, by one rank or another. A damaged checkpoint is passed over for
-    the one before it, which `Found.damaged` tells.
+    the one before it, which `Found.damaged` tells; so is one that cannot be read, `Found.unread`.
 
     Raises:
         CheckpointError: on every rank, when there are checkpoints but none is whole.
     """
-    tags = sorted((path.parent for path in run_dir.glob(f"checkpoints/step*/{MANIFEST}")),
-                  reverse=True)
+    tags = [tag for tag in reversed(tags_in(run_dir)) if (tag / MANIFEST).is_file()]
     damaged: dict[Path, str] = {}
+    unread: dict[Path, str] = {}
     for tag in broadcast_object(tags, world):
         manifest, problem = broadcast_object(_read(tag) if world.is_main else None, world)
-        problems = gather_objects(
-            problem or wrong_size(tag, manifest) or wrong_hash(
-                tag, list(manifest.files)[world.rank :: world.world_size], manifest), world)
-        told = next((problem for problem in problems if problem), None)
-        if told is None:
-            return Found(tag, manifest, damaged)
-        damaged[tag] = told
-    if damaged:
+        share = list(manifest.files)[world.rank :: world.world_size] if manifest else []
+        found = gather_objects(problem or _check(tag, share, manifest), world)
+        problems = sorted(filter(None, found), key=lambda problem: problem.unread)
+        if not problems:
+            return Found(tag, manifest, damaged, unread)
+        told = problems[0]  # what is known to be wrong counts more than what could not be read
+        (unread if told.unread else damaged)[tag] = told.words
+    if damaged or unread:
         raise CheckpointError(
             f"{run_dir}/checkpoints holds checkpoints but none can be resumed "
-            f"({next(iter(damaged.values()))}): move them away to start afresh"
+            f"({next(iter((damaged | unread).values()))}): "
+            f"{'make them readable, or ' if unread else ''}move them away to start afresh"
         )
     return None  # a tag without a manifest was never finished: a kill in the first save
 
 
-def _read(tag: Path) -> tuple[Manifest | None, str | None]:
+def _read(tag: Path) -> tuple[Manifest | None, Problem | None]:
     try:
         return read_manifest(tag), None
     except CheckpointError as error:
-        return None, str(error)
+        return None, Problem(str(error), isinstance(error.__cause__, OSError))
+
+
+def _check(tag: Path, names: list[str], manifest: Manifest) -> Problem | None:
+    try:
+        wrong = wrong_size(tag, manifest) or wrong_hash(tag, names, manifest)
+    except OSError as error:
+        return Problem(str(error), unread=True)
+    return Problem(wrong, unread=False) if wrong else None
 
 
 def wrong_hash(tag: Path, names: list[str], manifest: Manifest) -> str | None:
-    try:
-        for name in names:
-            if file_sha256(tag / name) != manifest.files[name][1]:
-                return f"{tag / name} differs from its sha256 in {MANIFEST}"
-    except OSError as error:
-        return str(error)
+    for name in names:
+        if file_sha256(tag / name) != manifest.files[name][1]:
+            return f"{tag / name} differs from its sha256 in {MANIFEST}"
     return None

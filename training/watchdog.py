@@ -12,7 +12,9 @@ import os
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, fields
+from typing import Any
 
 from training.failure import Failure
 
@@ -62,9 +64,11 @@ class Watchdog:
             thread.start()
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
         if any(raised) and self.ending.locked():
             # The first rank to end broke the call that this one hung in: its own alarm stands.
+            traceback.print_exception(raised[1])  # it may be an error of its own, too
+            sys.stderr.flush()
             time.sleep(END_SECONDS + 1)
         self.stopped.set()
 
