@@ -1,6 +1,7 @@
 """Checkpoints under faults on real ranks and engines; the checks are in
 checkpoint_worker.py and checkpoint_faults.py."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from training.run_dir import CheckpointError
 from training.shards import Piece, Shard
 from training.status import newest_step
 from training.storage import Slice, SliceReader, file_sha256, write_slices
-from training.tags import Retention, complete_tags, find_checkpoint, prune
+from training.tags import PROTECTED, Retention, complete_tags, find_checkpoint, prune
 
 WORKER = "tests/checkpoint_worker.py"
 ALONE = World(0, 1, 0, 1, "alone")
@@ -276,6 +278,29 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, mo
     (newer / "weight-00000.safetensors").write_bytes(b"cut")
     found = find_checkpoint(tmp_path, ALONE)
     assert newer in found.damaged and not found.unread
+
+
+@pytest.mark.parametrize("hidden", [MANIFEST, "weight-00000.safetensors", PROTECTED])
+def test_what_a_disk_hides_for_the_moment_is_not_deleted(tmp_path, monkeypatch, hidden):
+    """A stale handle while a save looks at the checkpoints neither ends it nor costs one."""
+    oldest, hit, newest = (write_weights(tmp_path, n, {"x": torch.ones(3)}) for n in (3, 6, 9))
+    for name in ("stat", "read_bytes"):
+        real = getattr(Path, name)
+
+        def erring(path, *arguments, real=real, **options):
+            if path == hit / hidden:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, erring)
+    prune(tmp_path, Retention(last=1))
+    assert complete_tags(tmp_path)[-1] == newest and not oldest.exists()
+    (newest / MANIFEST).write_bytes(b"cut")
+    if hidden != PROTECTED:
+        with pytest.raises(CheckpointError, match="make them readable"):
+            find_checkpoint(tmp_path, ALONE)
+    monkeypatch.undo()
+    assert find_checkpoint(tmp_path, ALONE).tag == hit
 
 
 def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path):

@@ -1,8 +1,10 @@
 """tools.status: from files as train.py and launch/train.sbatch leave them, whole or half done."""
 
+import errno
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,18 @@ def test_a_damaged_checkpoint_and_a_failure_are_named(folder):
     told = report(read_run(folder))
     assert "is missing or has not the 5 bytes" in told
     assert "failure: rank 3 on n2: phase 'data' took too long" in told.splitlines()[-1]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_named(folder, monkeypatch):
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.suffix == ".safetensors":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert "Stale file handle; 1 there" in report(read_run(folder))
 
 
 def test_a_run_that_died_in_silence_is_doubted(folder):

@@ -1,6 +1,7 @@
 """training/watchdog.py: a run that does not move ends within its budget, with everyone's stacks."""
 
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -98,7 +99,7 @@ def test_one_stuck_rank_ends_all_with_every_stack_there_is(tmp_path, kind, stack
     """hang: Python sleeps for ever; stop: SIGSTOP, so that not even its watchdog runs."""
     root = write_world(tmp_path)
     ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "watchdog.compute=8"],
-                  {"kind": kind, "rank": 1, "steps": [3]})
+                  {"kind": kind, "rank": 1, "steps": [3]}, TORCH_FR_BUFFER_SIZE="100")
     ranks.processes[0].wait(300)
     codes, outputs = ranks.finish(0 if kind == "stop" else 300)  # a stopped one never ends
     assert codes[0] == 76, outputs[0]
@@ -108,6 +109,12 @@ def test_one_stuck_rank_ends_all_with_every_stack_there_is(tmp_path, kind, stack
     assert len(found) == stacks
     if kind == "hang":
         assert "act" in (folder / "rank00001.stacks.txt").read_text()
+    # Which collective rank 0 waits in, where the code calls it, and that rank 1 never came to it.
+    last = [pickle.loads((folder / f"flight_{rank}").read_bytes())["entries"][-1]
+            for rank in range(stacks)]
+    assert not last[0]["retired"]
+    assert any(frame["filename"].endswith("train.py") for frame in last[0]["frames"])
+    assert all(one["collective_seq_id"] < last[0]["collective_seq_id"] for one in last[1:])
     told = json.loads((folder / "rank00000.json").read_text())
     assert told["last"]["step"] == 3 and len(told["last"]["sample_ids"]) == 4
     # The rank's last words; what may follow are those of Python's resource tracker.

@@ -197,7 +197,7 @@ def describe_checkpoint(run: Run) -> str:
         size = sum(count for count, _ in manifest.files.values())
         told = wrong or (f"whole: {len(manifest.files)} files, {size / 1e9:.3g} GB, written by "
                          f"{manifest.world_size} ranks")
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         told = str(error)
     age = ago(run.now - (tag / MANIFEST).stat().st_mtime)
     return f"step {step_of(tag)}, {age} ago, {told}; {len(tags)} there"

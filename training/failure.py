@@ -2,6 +2,7 @@
 
     rank00001.json        reason, step, epoch, sample ids, t, shapes, memory, environment
     rank00001.stacks.txt  every thread's stack
+    flight_1              its last collectives, where TORCH_FR_BUFFER_SIZE is set: torchfrtrace
     config.json           the resolved configuration
     alarm                 the first rank's words; the watchdogs of the other ranks see it and follow
 
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from training.distributed import World, broadcast_object
 from training.run_dir import write_json
@@ -91,6 +93,8 @@ class Failure:
             file.write(f"{code} rank {self.world.rank} on {socket.gethostname()}: {reason}")
             file.flush()
             write_json(self.folder / "config.json", self.config)
+        if os.environ.get("TORCH_FR_BUFFER_SIZE") and dist.is_initialized():
+            (self.folder / f"flight_{self.world.rank}").write_bytes(flight_record())
 
     def wait_for_others(self) -> None:
         """Until every rank has written, or for a bounded time."""
@@ -119,6 +123,16 @@ class Failure:
             f"are in {self.folder}"
         )
         self.wait_for_others()
+
+
+def flight_record() -> bytes:
+    """This rank's last collectives and where the code called them, pickled by torch itself.
+
+    Torch would write them when a collective times out, long after the watchdog's budgets.
+    """
+    torch_own: Any = torch._C._distributed_c10d
+    nccl = dist.get_backend() == "nccl"
+    return torch_own._dump_nccl_trace() if nccl else torch_own._dump_fr_trace()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from training.distributed import World, broadcast_object, gather_objects
 from training.manifest import MANIFEST, Manifest, read_manifest, wrong_size
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 class Problem(NamedTuple):
     words: str
-    unread: bool  # the disk's fault, which may pass
+    state: Literal["unfinished", "damaged", "unread"]  # unread: the disk's fault, which may pass
 
 
 def tag_of(step: int) -> str:
@@ -56,14 +56,26 @@ def remove(tag: Path) -> None:
 
 
 def prune(run_dir: Path, retention: Retention) -> None:
-    """Delete what is not retained, after a save; also what killed saves left, and damaged ones."""
-    whole = complete_tags(run_dir)
+    """Delete what is not retained, after a save; also what killed saves left, and damaged ones.
+
+    What only cannot be read now stays: it may be whole.
+    """
+    problems = {tag: _problem(tag) for tag in tags_in(run_dir)}
+    whole = [tag for tag, problem in problems.items() if problem is None]
     keep = set(whole[-retention.last:])
     if retention.every:
         keep |= {tag for tag in whole if step_of(tag) % retention.every == 0}
-    for tag in tags_in(run_dir):
-        if tag not in keep and not (tag / PROTECTED).exists():
+    keep |= {tag for tag, problem in problems.items() if problem and problem.state == "unread"}
+    for tag in problems:
+        if tag not in keep and not _is_protected(tag):
             remove(tag)
+
+
+def _is_protected(tag: Path) -> bool:
+    try:
+        return (tag / PROTECTED).exists()
+    except OSError:
+        return True  # it may be
 
 
 def set_aside(tag: Path) -> None:
@@ -76,15 +88,12 @@ def set_aside(tag: Path) -> None:
 
 def complete_tags(run_dir: Path) -> list[Path]:
     """Tags with a manifest and all files in their right sizes, oldest first."""
-    found = []
-    for tag in tags_in(run_dir):
-        try:
-            manifest = read_manifest(tag)
-        except CheckpointError:
-            continue  # none yet, or find_checkpoint tells
-        if not wrong_size(tag, manifest):
-            found.append(tag)
-    return found
+    return [tag for tag in tags_in(run_dir) if _problem(tag) is None]
+
+
+def _problem(tag: Path) -> Problem | None:
+    manifest, problem = _read(tag)
+    return problem if manifest is None else _check(tag, [], manifest)
 
 
 def find_checkpoint(run_dir: Path, world: World) -> Found | None:
@@ -96,40 +105,44 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
     Raises:
         CheckpointError: on every rank, when there are checkpoints but none is whole.
     """
-    tags = [tag for tag in reversed(tags_in(run_dir)) if (tag / MANIFEST).is_file()]
     damaged: dict[Path, str] = {}
     unread: dict[Path, str] = {}
-    for tag in broadcast_object(tags, world):
+    for tag in broadcast_object(tags_in(run_dir)[::-1], world):
         manifest, problem = broadcast_object(_read(tag) if world.is_main else None, world)
+        if problem and problem.state == "unfinished":
+            continue  # a kill in a save
         share = list(manifest.files)[world.rank :: world.world_size] if manifest else []
         found = gather_objects(problem or _check(tag, share, manifest), world)
-        problems = sorted(filter(None, found), key=lambda problem: problem.unread)
+        problems = sorted(filter(None, found), key=lambda problem: problem.state == "unread")
         if not problems:
             return Found(tag, manifest, damaged, unread)
         told = problems[0]  # what is known to be wrong counts more than what could not be read
-        (unread if told.unread else damaged)[tag] = told.words
+        (unread if told.state == "unread" else damaged)[tag] = told.words
     if damaged or unread:
         raise CheckpointError(
             f"{run_dir}/checkpoints holds checkpoints but none can be resumed "
             f"({next(iter((damaged | unread).values()))}): "
             f"{'make them readable, or ' if unread else ''}move them away to start afresh"
         )
-    return None  # a tag without a manifest was never finished: a kill in the first save
+    return None
 
 
 def _read(tag: Path) -> tuple[Manifest | None, Problem | None]:
     try:
         return read_manifest(tag), None
     except CheckpointError as error:
-        return None, Problem(str(error), isinstance(error.__cause__, OSError))
+        cause = error.__cause__
+        missing, erring = isinstance(cause, FileNotFoundError), isinstance(cause, OSError)
+        return None, Problem(
+            str(error), "unfinished" if missing else "unread" if erring else "damaged")
 
 
 def _check(tag: Path, names: list[str], manifest: Manifest) -> Problem | None:
     try:
         wrong = wrong_size(tag, manifest) or wrong_hash(tag, names, manifest)
     except OSError as error:
-        return Problem(str(error), unread=True)
-    return Problem(wrong, unread=False) if wrong else None
+        return Problem(str(error), "unread")
+    return Problem(wrong, "damaged") if wrong else None
 
 
 def wrong_hash(tag: Path, names: list[str], manifest: Manifest) -> str | None:
