@@ -8,6 +8,7 @@ import pytest
 
 from data.mux import write_clip
 from data.playground import describe, make_clip
+from data.playground.render import COLOURS as RGB
 from tools.backbones.audio_vae import window_of
 from tools.backbones.clips import FIRST_FRAME, SAMPLE_RATE, WINDOW_FRAMES, small_clip
 from tools.backbones.recognise import G, agreement, hear, judge, look, main
@@ -97,6 +98,26 @@ def test_a_second_ball_of_one_colour_is_counted(clips):
     seen = look(both)
     assert seen.colours == facts.colours
     assert seen.balls == 2
+
+
+def draw(*discs):
+    """Frames (49,64,96,3) of discs (colour, x, y, radius) that stand still before a grey wall."""
+    y, x = np.mgrid[:64, :96] + 0.5
+    picture = np.full((64, 96, 3), 0.4)
+    for colour, centre_x, centre_y, radius in discs:
+        picture[np.hypot(x - centre_x, y - centre_y) < radius] = RGB[colour]
+    return np.repeat((255 * picture).astype(np.uint8)[None], 49, axis=0)
+
+
+def test_a_rim_of_another_colour_is_no_ball():
+    """A blue ball with a turquoise rim beside a turquoise one: decoded glass balls have such."""
+    seen = look(draw(("turquoise", 30, 40, 7), ("blue", 28.5, 40, 6.5), ("turquoise", 70, 40, 6)))
+    assert set(seen.colours) == {"blue", "turquoise"} and seen.balls == 2
+
+
+def test_balls_that_touch_are_counted_each():
+    seen = look(draw(("turquoise", 30, 40, 8), ("blue", 43, 40, 5.5), ("red", 54, 40, 5.5)))
+    assert set(seen.colours) == {"blue", "turquoise", "red"} and seen.balls == 3
 
 
 def test_the_command_judges_a_folder_of_mp4(clips, tmp_path, monkeypatch, capsys):

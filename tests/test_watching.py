@@ -20,6 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.schema import DataError
+from experiment import RunConfig
 from tests.launch import ROOT, environment, run, torchrun
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
@@ -27,7 +28,7 @@ from tools import report
 from tools.watching import Bench
 from training.attempt import AttemptError
 from training.checkpoint import read_weights
-from training.config import ConfigError, read_yaml
+from training.config import ConfigError, load_config
 from training.distributed import World
 from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records
@@ -317,16 +318,21 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
         report.read_reference(path, 0)
 
 
-def test_the_kept_reference_is_a_whole_run():
-    """benchmarks/playground/t2av.jsonl: "is my loss normal?" is asked against it."""
-    curves = report.read_reference(ROOT / "benchmarks" / "playground" / "t2av.jsonl", 0)
+@pytest.mark.parametrize("twin", ["t2av"])
+def test_a_kept_reference_is_a_whole_run_of_its_config(twin):
+    """benchmarks/playground/*.jsonl: "is my loss normal?" is asked against them."""
+    curves = report.read_reference(ROOT / "benchmarks" / "playground" / f"{twin}.jsonl", 0)
     tags = {tag for record in curves.records for tag in record if tag != "step"}
     assert {described(tag) for tag in tags} <= set(SCALARS)
+    assert ("train/loss_audio" in tags) == (twin == "t2av")
+    config = load_config(RunConfig, ROOT / "configs" / f"playground_{twin}.yaml", [])
     for tag in ("train/loss", "validation/loss_video_ema"):
         steps, losses = curves.points(tag)
         assert (steps[1:] > steps[:-1]).all(), f"{tag} holds a step twice"
-        assert steps[-1] == read_yaml(ROOT / "configs" / "playground_t2av.yaml")["max_steps"]
+        assert steps[-1] == config.max_steps
         assert losses[-1] < losses[0]
+    assert curves.points("train/lr")[1].max() == pytest.approx(
+        config.optimizer.lr * max(1, config.optimizer.lr_new))
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):

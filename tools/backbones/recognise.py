@@ -12,6 +12,7 @@ with their sounds exchanged. Colours are never repeated within a clip of this wo
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from tools.backbones.metrics import centres, colour_mass, onset_curve
 
 BALL_MASS = 18.0  # chroma x pixels from which a colour is a ball: the smallest ball has about 60
 BLOB_PIXELS = 10  # a smaller piece of colour is no ball
+RIM_SHARE = 1 / 3  # nor is one that touches a piece of another colour three times its size
 SEEN_SHARE = 0.5  # of the frames in which a ball must be there
 G = GRAVITY / 2 / FPS**2  # pixels of the 96 x 64 picture per frame^2: 0.451
 FLIGHT = 3  # frames on either side of a measured acceleration
@@ -48,14 +50,16 @@ def look(frames: np.ndarray) -> Seen:
     """Track every colour through frames (T,64,96,3) uint8."""
     found, balls, accelerations = [], 0, [np.zeros(0)]
     strength = np.zeros(len(frames))
-    for colour in COLOURS:
+    masks = {colour: colour_mass(frames, colour) > 0 for colour in COLOURS}
+    counts = [_count_balls({colour: mask[i] for colour, mask in masks.items()})
+              for i in range(len(frames))]
+    for colour, mask in masks.items():
         path, mass = centres(frames, colour)
         there = mass > BALL_MASS
         if there.mean() < SEEN_SHARE:
             continue
         found.append(colour)
-        mask = colour_mass(frames, colour) > 0
-        balls += round(float(np.median([_blobs(picture) for picture in mask[there]])))
+        balls += round(float(np.median([counts[i][colour] for i in np.flatnonzero(there)])))
         radius = float(np.sqrt(np.median(mask.sum(axis=(1, 2))[there]) / np.pi))
         path = np.where(there[:, None], path, np.nan)
         accelerations.append(_free_flight(path, radius))
@@ -63,11 +67,19 @@ def look(frames: np.ndarray) -> Seen:
     return Seen(tuple(found), balls, np.concatenate(accelerations), _resample(strength))
 
 
-def _blobs(mask: np.ndarray) -> int:
-    labels, count = ndimage.label(mask)
-    if not count:
-        return 0
-    return int((np.bincount(labels.ravel())[1:] >= BLOB_PIXELS).sum())
+def _count_balls(masks: dict[str, np.ndarray]) -> Counter[str]:
+    """Colour -> balls in one picture: its pieces, less the rim or gleam on a ball of another."""
+    whole, _ = ndimage.label(np.any(list(masks.values()), axis=0))
+    pieces, largest = [], Counter[int]()
+    for colour, mask in masks.items():
+        labels, count = ndimage.label(mask)
+        sizes = np.bincount(labels.ravel(), minlength=count + 1)
+        for label in range(1, count + 1):
+            patch = int(whole[labels == label][0])  # all that touches, of any colour
+            pieces.append((colour, sizes[label], patch))
+            largest[patch] = max(largest[patch], int(sizes[label]))
+    return Counter(colour for colour, size, patch in pieces
+                   if size >= max(BLOB_PIXELS, RIM_SHARE * largest[patch]))
 
 
 def _free_flight(path: np.ndarray, radius: float) -> np.ndarray:
