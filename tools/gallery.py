@@ -6,6 +6,7 @@ tools.preview.
 
 import html
 import json
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,7 +38,10 @@ def write_gallery(samples: Path, title: str) -> Path:
 
     A clip's caption is what its prompts.json says. The column "held-out" holds the real clips.
     """
-    columns = [folder for folder in (samples / "held_out", *sorted(samples.glob("step*")))
+    # tools.sample leaves folders of its own here (step00000600_ema).
+    steps = [folder for folder in sorted(samples.glob("step*"))
+             if re.fullmatch(r"step\d+", folder.name)]
+    columns = [folder for folder in (samples / "held_out", *steps)
                if folder.is_dir() and any(folder.glob("*.mp4"))]
     captions: dict[str, str] = {}
     for folder in columns:
