@@ -2,7 +2,7 @@
 
     rank00001.json        reason, step, epoch, sample ids, t, shapes, memory, environment
     rank00001.stacks.txt  every thread's stack
-    flight_1              its last collectives, where TORCH_FR_BUFFER_SIZE is set: torchfrtrace
+    flight_1              its last collectives, where TORCH_FR_BUFFER_SIZE is set: a pickle
     config.json           the resolved configuration
     alarm                 the first rank's words; the watchdogs of the other ranks see it and follow
 
