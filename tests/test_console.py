@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,10 +37,16 @@ def test_budget_counts_what_lies_between_the_steps(tmp_path):
     assert "1000 steps to go at 2.00 s and 1.00 s for saves, validation and samples, 50 min" in line
 
 
+def test_budget_leaves_a_slow_first_record_out(tmp_path):
+    write_records(tmp_path, *({"step": s, "time/step_seconds": seconds}
+                              for s, seconds in ((10, 9.0), (20, 1.0))))
+    assert "80 steps to go at 1.00 s, 1 min" in budget(tmp_path, 20, 100, 2, 10, False, {})
+
+
 def test_a_record_that_cannot_be_read_ends_no_run(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     assert budget(tmp_path, 1, 2, 2, 10, False, {}).startswith("budget: 1 steps to go; a check")
-    assert "done after 0:00:01" in summary(tmp_path, "done", 1, "t2v: 5 parameters")
+    assert "done after 0:00:01" in summary(tmp_path, "done", 1, "t2v: 5 parameters", {})
     assert capsys.readouterr().err.count("metrics.jsonl cannot be read") == 2
 
 
@@ -71,7 +78,9 @@ def test_summary_names_first_last_and_best(tmp_path):
                               for s, v in ((0, 3.0), (5, 1.5), (10, 2.0))),
                   {"step": 10, "train/loss": 5.0, "train/loss_video": 2.0, "train/loss_audio": 3.0,
                    "train/samples_seen": 80.0})
-    text = summary(tmp_path, "done: step 10", 61, "t2av: 7 parameters, 2 of them new")
+    text = summary(tmp_path, "done: step 10", 61, "t2av: 7 parameters, 2 of them new",
+                   {"data": 9.0, "validation": 0.0, "checkpoint": 2.04, "sampling": 30.0})
+    assert "\n  after the last record: checkpoint 2.0 s, sampling 30.0 s\n" in text
     assert "done: step 10 after 0:01:01" in text and "t2av: 7 parameters" in text
     assert "training loss at step 10: 5.0000  video 2.0000  audio 3.0000  after 80 samples" in text
     assert "first 3.0000  last 2.0000  best 1.5000 at step 5" in text
@@ -131,6 +140,46 @@ def test_event_files_are_cut_back_also_behind_a_torn_record(tmp_path):
     reader = EventAccumulator(str(tmp_path), purge_orphaned_data=False)
     reader.Reload()
     assert [(e.step, e.value) for e in reader.Scalars("a")] == [(0, 0), (1, 1), (2, 2), (3, 33)]
+
+
+def read_steps(reader: EventAccumulator) -> list[int]:
+    reader.Reload()
+    return [event.step for event in reader.Scalars("a")]
+
+
+def test_a_kill_while_event_files_are_cut_back_leaves_no_step_twice(tmp_path, monkeypatch):
+    events = Events(tmp_path, 0)
+    for step in range(5):
+        events.scalars(step, {"a": 0.0})
+    events.close()
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", kill)
+        drop_from(tmp_path, 3)
+    assert read_steps(EventAccumulator(str(tmp_path))) == list(range(5))
+    (tmp_path / "kept.events.out.tfevents.1.host.2.0.tmp").touch()  # its name until then
+    drop_from(tmp_path, 3)
+    assert read_steps(EventAccumulator(str(tmp_path))) == list(range(3))
+    assert [path.name[:6] for path in tmp_path.iterdir()] == ["events"]
+
+
+def test_a_tensorboard_that_is_open_while_a_run_resumes_shows_no_step_twice(tmp_path):
+    reader, steps = EventAccumulator(str(tmp_path)), []
+    for first, end in ((0, 5), (3, 6)):
+        events = Events(tmp_path, first)
+        for step in range(first, end):
+            events.scalars(step, {"a": 0.0})
+        events.close()
+        steps = read_steps(reader)
+        time.sleep(1.1)  # files are read in the order of their names, which begin with the second
+    assert steps == list(range(6))
+    events = Events(tmp_path, None)  # validate_only takes nothing away
+    events.scalars(6, {"a": 0.0})
+    events.close()
+    assert read_steps(reader) == read_steps(EventAccumulator(str(tmp_path))) == list(range(7))
 
 
 def test_settings_become_flat_names():

@@ -5,6 +5,7 @@ import subprocess
 
 from training import card
 from training.distributed import World
+from training.run_dir import read_lines
 
 WORLD = World(0, 4, 0, 2, "srun")
 
@@ -21,6 +22,14 @@ def test_every_start_is_a_line(tmp_path, monkeypatch):
     assert starts[1]["job"]["SLURM_JOB_ID"] == "4711" and starts[1]["seed"] == 7
     assert {"torch", "deepspeed", "numpy"} <= starts[1]["packages"].keys()
     assert starts[1]["hardware"]["memory_gib"] > 1
+
+
+def test_a_start_behind_a_torn_line_is_a_line(tmp_path):
+    path = tmp_path / "config" / "starts.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"first_step": 0}\n{"first_step": 2, "hos')  # a power cut
+    card.write_start(tmp_path, WORLD, ["a"], 4)
+    assert [start["first_step"] for start in read_lines(path)] == [0, 4]
 
 
 def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkeypatch):

@@ -64,6 +64,12 @@ def test_a_clip_is_written_and_the_kernel_named_once(trained, tmp_path, monkeypa
     assert (tmp_path / "prompt.mp4").is_file() and (tmp_path / "prompt.png").is_file()
 
 
+def test_clips_are_not_written_among_those_of_training(copied, monkeypatch):
+    assert call(monkeypatch, copied / "run", "--video-prompt", "x", "--num-steps", "1") == 0
+    assert [path.name for path in (copied / "run" / "samples").iterdir()] == [
+        "step00000001_sampled"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -1,9 +1,10 @@
 """Draw clips from a run: `python -m tools.sample RUN --prompts prompts.jsonl`.
 
-One H.264 + AAC mp4 and one contact sheet per prompt, under RUN/samples/stepXXXXXXXX. RUN is a run
-directory or a folder that tools.export wrote. A prompt is an object a line with `video_caption`,
-`audio_caption` and optionally `id`, so a clip manifest works as it is. Noise is keyed by (seed,
-prompt's place): a t2v run draws from the video noise of its twin.
+One H.264 + AAC mp4 and one contact sheet per prompt, under RUN/samples/stepXXXXXXXX_sampled, or
+stepXXXXXXXX_ema with --ema: without an ending they are training's own. RUN is a run directory or a
+folder that tools.export wrote. A prompt is an object a line with `video_caption`, `audio_caption`
+and optionally `id`, so a clip manifest works as it is. Noise is keyed by (seed, prompt's place): a
+t2v run draws from the video noise of its twin.
 """
 
 import argparse
@@ -177,7 +178,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance-audio", type=float, default=4.5)
     parser.add_argument("--negative-video", default=VIDEO_NEGATIVE, help="default: Wan's own")
     parser.add_argument("--negative-audio", default=AUDIO_NEGATIVE)
-    parser.add_argument("--out", type=Path, help="default: RUN/samples/stepXXXXXXXX")
+    parser.add_argument("--out", type=Path,
+                        help="default: RUN/samples/stepXXXXXXXX_sampled, with --ema ..._ema")
     return parser.parse_args(arguments)
 
 
@@ -195,7 +197,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sampler = Sampler(arguments.run, arguments.step, device, arguments.ema)
     print(f"step {sampler.step} on {sampler.device}, attention {sampler.kernel}", flush=True)
-    name = tag_of(sampler.step) + ("_ema" if arguments.ema else "")
+    # An ending of its own: what training drew at this step stays as it was drawn.
+    name = tag_of(sampler.step) + ("_ema" if arguments.ema else "_sampled")
     out = arguments.out or arguments.run / "samples" / name
     out.mkdir(parents=True, exist_ok=True)
     negative = sampler.encode(arguments.negative_video, arguments.negative_audio)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from training.distributed import World
+from training.metrics import cut_torn_line
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",
@@ -50,6 +51,7 @@ def write_start(
         "hardware": describe_hardware(),
         **values,
     }
+    cut_torn_line(folder / "starts.jsonl")
     with open(folder / "starts.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(card, default=str) + "\n")
     return card

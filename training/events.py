@@ -2,8 +2,9 @@
 
 DeepSpeed's own monitor has lost the loss and doubles steps after a resume; `purge_step` hides the
 doubles from some readers only. So a resumed run takes the records it will write again out of the
-files themselves. torch's add_video needs an old moviepy and add_audio is mono: pictures, moving
-pictures (GIF) and stereo sound are written here from finished bytes. Called by training.metrics.
+files themselves; `purge_step` is for a TensorBoard that has read them already. torch's add_video
+needs an old moviepy and add_audio is mono: pictures, moving pictures (GIF) and stereo sound are
+written here from finished bytes. Called by training.metrics.
 """
 
 import io
@@ -58,10 +59,10 @@ class Events:
         self.writer: SummaryWriter | None = None
         if first_step is not None:
             self._try(lambda: drop_from(folder, first_step))
-        self._try(lambda: self._open(folder))
+        self._try(lambda: self._open(folder, first_step))
 
-    def _open(self, folder: Path) -> None:
-        self.writer = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
+    def _open(self, folder: Path, first_step: int | None) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS)
 
     def _try(self, action: Callable[[], Any]) -> None:
         """Logging must not stop training: what a full or broken disk raises ends the logging."""
@@ -136,6 +137,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str
 
 def drop_from(folder: Path, first_step: int) -> None:
     """Take the records from `first_step` on out of every event file, and a cut last record."""
+    for leftover in folder.glob("kept.*"):  # of a kill between writing and replacing
+        leftover.unlink()
     for path in sorted(folder.glob("events.out.tfevents.*")):
         kept, dropped = [], 0
         for raw in RawEventFileLoader(str(path)).Load():
@@ -147,7 +150,7 @@ def drop_from(folder: Path, first_step: int) -> None:
         if len(kept) <= 1:  # the version of the format alone
             path.unlink()
         elif dropped:
-            aside = path.with_name(f"kept.{path.name}.tmp")
+            aside = folder / "kept.tmp"  # TensorBoard reads every name with "tfevents" in it
             with open(aside, "wb") as file:
                 writer = RecordWriter(file)
                 for raw in kept:

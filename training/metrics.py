@@ -9,6 +9,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -29,8 +31,9 @@ class MetricWriter:
 
     Args:
         run_dir: the run directory; None on the ranks that do not write.
-        first_step: first step of this process; older records beyond it are dropped, because a
-            resumed run does those steps again. None: it trains nothing, and all stay.
+        first_step: first step of this process; older records beyond it are dropped, and what was
+            measured and drawn there, because a resumed run does those steps again. None: it trains
+            nothing, and all stay.
         max_steps: where the bar ends, which is shown on a terminal only.
     """
 
@@ -41,8 +44,11 @@ class MetricWriter:
         if run_dir is None:
             return
         self.path = run_dir / "metrics.jsonl"
-        if first_step is not None:
+        if first_step is None:
+            cut_torn_line(self.path)
+        else:
             keep_lines_before(self.path, first_step)
+            drop_steps_from(run_dir, first_step)
         self.events = Events(run_dir / "tb", first_step)
         self.fresh = first_step == 0
         if sys.stdout.isatty() and max_steps and first_step is not None:
@@ -156,6 +162,35 @@ class MetricWriter:
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run."""
     return read_lines(run_dir / "metrics.jsonl")
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take off what a kill left of a JSON-lines file's last line: the next would be glued to it.
+
+    `read_lines` skips such a line until then.
+    """
+    text = path.read_bytes() if path.exists() else b"\n"
+    if not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def drop_steps_from(run_dir: Path, first_step: int) -> None:
+    """Delete held-out rows and samples of `first_step` and later; what cannot be deleted is told.
+
+    Only by the names that training gives: those of tools.sample and of copies stay.
+    """
+    for path in (*(run_dir / "validation").glob("step*"), *(run_dir / "samples").glob("step*")):
+        name = re.fullmatch(r"step([0-9]+)(\.jsonl)?", path.name)
+        if not name or int(name[1]) < first_step:
+            continue
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            print(f"warning: {path} is of an abandoned step and cannot be deleted: {error}",
+                  file=sys.stderr, flush=True)
 
 
 class Clock:
