@@ -13,6 +13,7 @@ from training.heldout import read_rows
 
 RESAMPLES = 10_000
 INTERVAL = (2.5, 97.5)  # percent
+DRAWS_AT_ONCE = 1 << 22  # of one sample: 64 MB
 
 
 class Difference(NamedTuple):
@@ -33,7 +34,10 @@ def steps_of(run_dir: Path) -> list[int]:
 def differences(
     run_a: Path, run_b: Path, step: int, modality: str = "video", weights: str = "raw"
 ) -> np.ndarray:
-    """(samples, t) losses of B minus those of A at a step; empty if they share nothing."""
+    """(samples, t) losses of B minus those of A at a step; empty if they share nothing.
+
+    An id that either run holds twice is left out: `repeated_ids`.
+    """
     rows_a, rows_b = (read_rows(run, step, weights) for run in (run_a, run_b))
     shared = [name for name in sorted(rows_a.keys() & rows_b.keys())
               if rows_a[name][modality] and rows_b[name][modality]
@@ -45,7 +49,11 @@ def differences(
 
 def bootstrap(values: np.ndarray) -> Difference:
     """Mean of (samples,) values and its interval; the same for the same values."""
-    count = len(values)
-    picks = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    low, high = np.percentile(values[picks].mean(axis=1), INTERVAL)
+    count, generator = len(values), np.random.default_rng(0)
+    at_once = max(1, DRAWS_AT_ONCE // count)
+    means = [
+        values[generator.integers(0, count, (min(at_once, RESAMPLES - done), count))].mean(axis=1)
+        for done in range(0, RESAMPLES, at_once)
+    ]
+    low, high = np.percentile(np.concatenate(means), INTERVAL)
     return Difference(count, float(values.mean()), float(low), float(high))

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from tools.paired import bootstrap, differences, steps_of
+from tools.paired import Difference, steps_of
+from training.heldout import spread_by_t
 from training.metrics import read_records
 
 matplotlib.use("Agg")
@@ -27,6 +28,7 @@ class Curves(NamedTuple):
     style: str  # "-", or REFERENCE
     records: list[dict[str, Any]]
     restarts: list[int]
+    run_dir: Path | None = None  # None: metrics.jsonl is all there is
 
     def points(self, tag: str) -> tuple[np.ndarray, np.ndarray]:
         found = [(record["step"], record[tag]) for record in self.records if tag in record]
@@ -35,7 +37,8 @@ class Curves(NamedTuple):
 
 
 def load_curves(run_dir: Path, place: int, restarts: list[int], label: str) -> Curves:
-    return Curves(label, COLOURS[place % len(COLOURS)], "-", read_records(run_dir), restarts)
+    colour = COLOURS[place % len(COLOURS)]
+    return Curves(label, colour, "-", read_records(run_dir), restarts, run_dir)
 
 
 def svg(figure: Any) -> str:
@@ -57,7 +60,10 @@ def plot_tags(
     runs: Sequence[Curves], tags: Mapping[str, str], title: str, log: bool = False,
     restarts: bool = False,
 ) -> str:
-    """One plot: ``tags`` maps a tag to its name; colours are runs, line styles are tags."""
+    """One plot: ``tags`` maps a tag to its name; colours are runs, line styles are tags.
+
+    As every plot of runs: "" where none has a value.
+    """
     figure, axes = plt.subplots(figsize=SIZE)
     styles = ("-", "--", ":", "-.")
     for run in runs:
@@ -73,7 +79,7 @@ def plot_tags(
             if len(steps) > 60:
                 axes.plot(steps, smooth(values, max(5, len(steps) // 40)), style, color=colour,
                           linewidth=1.6, label=label)
-        for step in run.restarts if restarts else ():
+        for step in run.restarts if restarts and axes.lines else ():
             axes.axvline(step, color=run.colour, linewidth=0.8, linestyle=":")
     return _finish(figure, axes, title, "step", log)
 
@@ -97,23 +103,26 @@ def plot_held_out(runs: Sequence[Curves], modality: str) -> str:
 
 
 def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
-    """The first and the last held-out loss at each t."""
+    """The first and the last held-out loss at each t, with its standard error."""
     figure, axes = plt.subplots(figsize=SIZE)
     for run in runs:
         prefix = f"validation_t/{modality}/"
         found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
         for record, style in zip(found[:1] + found[-1:], (":", "-"), strict=False):
-            points = {float(tag.removeprefix(prefix)): value for tag, value in record.items()
+            points = {tag.removeprefix(prefix): value for tag, value in record.items()
                       if tag.startswith(prefix)}
-            axes.plot(list(points), list(points.values()), style, marker="o", markersize=3,
-                      color=run.colour, label=f"{run.label} step {record['step']}")
-    return _finish(figure, axes, f"held-out {modality} loss by t", "t (1 is noise)", True)
+            errors = spread_by_t(run.run_dir, record["step"], modality) if run.run_dir else {}
+            axes.errorbar([float(t) for t in points], list(points.values()),
+                          yerr=[errors.get(t, 0.0) for t in points] if errors else None,
+                          linestyle=style, marker="o", markersize=3, capsize=2, color=run.colour,
+                          label=f"{run.label} step {record['step']}")
+    return _finish(figure, axes, f"held-out {modality} loss by t, +- standard error",
+                   "t (1 is noise)", True)
 
 
 def plot_attention(run: Curves) -> str:
-    """The last attention mass between the modalities per joint layer; "" without any."""
+    """The first and the last attention mass between the modalities per joint layer."""
     figure, axes = plt.subplots(figsize=SIZE)
-    drawn = False
     for place, way in enumerate(("audio_to_video", "video_to_audio")):
         prefix = f"health/attention_{way}/layer"
         found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
@@ -122,22 +131,18 @@ def plot_attention(run: Curves) -> str:
                       if tag.startswith(prefix)}
             axes.plot(list(points), list(points.values()), style, marker="o", markersize=3,
                       color=COLOURS[place], label=f"{way.replace('_', ' ')}, step {record['step']}")
-            drawn = True
-    if not drawn:
-        plt.close(figure)
-        return ""
     return _finish(figure, axes, f"attention mass per joint layer: {run.label}", "layer", False)
 
 
-def plot_difference(run_a: Path, run_b: Path, steps: list[int]) -> str:
-    """Paired difference of the video's held-out loss over the steps that both runs have."""
+def plot_difference(found: Mapping[str, Mapping[int, Difference]]) -> str:
+    """Paired difference of the video's held-out loss: kind of weights -> step -> mean over t."""
     figure, axes = plt.subplots(figsize=SIZE)
-    found = [(step, bootstrap(values.mean(axis=1))) for step in steps
-             if len(values := differences(run_a, run_b, step))]
-    means = [difference.mean for _, difference in found]
-    reach = [[d.mean - d.low for _, d in found], [d.high - d.mean for _, d in found]]
-    axes.errorbar([step for step, _ in found], means, yerr=reach, fmt="o-", color=COLOURS[0],
-                  capsize=3, markersize=3)
+    for (weights, by_step), style in zip(found.items(), ("o-", "o--"), strict=False):
+        means = [difference.mean for difference in by_step.values()]
+        reach = [[d.mean - d.low for d in by_step.values()],
+                 [d.high - d.mean for d in by_step.values()]]
+        axes.errorbar(list(by_step), means, yerr=reach, fmt=style, color=COLOURS[0], capsize=3,
+                      markersize=3, label=weights)
     axes.axhline(0, color="#999", linewidth=0.8)
     return _finish(figure, axes, "held-out video loss, B minus A, per sample (95 %)", "step", False)
 
@@ -147,6 +152,9 @@ def shared_steps(run_a: Path, run_b: Path) -> list[int]:
 
 
 def _finish(figure: Any, axes: Any, title: str, x_label: str, log: bool) -> str:
+    if not axes.lines:
+        plt.close(figure)
+        return ""
     if log and any(line.get_ydata().size and np.min(line.get_ydata()) > 0 for line in axes.lines):
         axes.set_yscale("log")
     axes.set_title(title, fontsize=10)

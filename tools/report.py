@@ -10,16 +10,12 @@ curves beside them, and `--overlay` puts them beside RUN/tb for TensorBoard.
 import argparse
 import base64
 import html
-import json
 import math
-import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-from tools.export import read_run_file
 from tools.gallery import CAPTIONS
-from tools.paired import bootstrap, differences
+from tools.paired import Difference, bootstrap, differences
 from tools.plots import (
     COLOURS,
     REFERENCE,
@@ -32,14 +28,16 @@ from tools.plots import (
     plot_tags,
     shared_steps,
 )
+from tools.run_tables import card_section, read_starts, summary_table, table
 from training.config import ConfigError
 from training.events import Events
-from training.metrics import format_seconds
+from training.heldout import repeated_ids
 from training.run_dir import read_lines
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd }
+h3 { font-size: 1em; margin: 1.2em 0 .3em }
 .plots { display: flex; flex-wrap: wrap; gap: 1em } .plots svg { width: 560px; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2em .8em .2em 0; text-align: left; vertical-align: top }
@@ -50,64 +48,45 @@ pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: 12px }
 FEW = 6  # samples in the page
 
 
-def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """The reproducibility card: one entry per start of the run."""
-    return read_lines(run_dir / "config" / "starts.jsonl")
-
-
-def summary_table(runs: list[tuple[Path, Curves]]) -> str:
-    """What one asks first, a column per run."""
-    rows: dict[str, list[str]] = {}
-    for run_dir, curves in runs:
-        steps, loss = curves.points("train/loss")
-        _, seconds = curves.points("time/step_seconds")
-        rows.setdefault("run directory", []).append(str(run_dir))
-        task = read_run_file(run_dir / "config" / "run.json")["task"]
-        rows.setdefault("task", []).append(task)
-        rows.setdefault("steps", []).append(str(steps[-1]) if len(steps) else "none")
-        rows.setdefault("last training loss", []).append(f"{loss[-1]:.4f}" if len(loss) else "")
-        for modality in ("video", "audio"):
-            at, values = curves.points(f"validation/loss_{modality}")
-            said = ""
-            if len(values):
-                best = int(values.argmin())
-                said = (f"{values[0]:.4f} at step {at[0]}; {values[-1]:.4f} at step {at[-1]}; "
-                        f"best {values[best]:.4f} at step {at[best]}")
-            rows.setdefault(f"held-out {modality} loss", []).append(said)
-        rate = curves.points("throughput/samples_per_second")[1]
-        rows.setdefault("samples/s, median", []).append(
-            f"{statistics.median(rate):.3g}" if len(rate) else "")
-        rows.setdefault("time in steps", []).append(
-            format_seconds(float(statistics.median(seconds) * steps[-1])) if len(steps) else "")
-        rows.setdefault("starts", []).append(str(len(read_starts(run_dir))))
-    cells = ("".join(f"<td>{html.escape(value)}</td>" for value in values)
-             for values in rows.values())
-    return "<table>" + "".join(f"<tr><th>{name}</th>{cell}</tr>"
-                               for name, cell in zip(rows, cells, strict=True)) + "</table>"
-
-
 def paired_section(run_a: Path, run_b: Path) -> str:
     """The difference of the video's held-out loss, sample by sample."""
     steps = shared_steps(run_a, run_b)
-    rows = []
-    for step in steps:
-        values = differences(run_a, run_b, step)
-        if not len(values):
-            continue
-        mean, first, last = (bootstrap(part) for part in (
-            values.mean(axis=1), values[:, 0], values[:, -1]))
-        rows.append(f"<tr><td>{step}</td><td>{mean.samples}</td>" + "".join(
-            f"<td>{d.mean:+.5f} [{d.low:+.5f}, {d.high:+.5f}]</td>"
-            for d in (mean, first, last)) + "</tr>")
-    if not rows:
-        return "<p>The runs share no held-out sample at any step: nothing can be paired.</p>"
+    found: dict[str, dict[int, Difference]] = {}
+    tables = []
+    for kind, weights in (("weights", "raw"), ("averaged weights", "ema")):
+        rows = []
+        for step in steps:
+            values = differences(run_a, run_b, step, weights=weights)
+            if not len(values):
+                continue
+            parts = [bootstrap(part) for part in (
+                values.mean(axis=1), values[:, 0], values[:, -1])]
+            found.setdefault(kind, {})[step] = parts[0]
+            rows.append([str(step), str(parts[0].samples), *(
+                f"{d.mean:+.5f} [{d.low:+.5f}, {d.high:+.5f}]" for d in parts)])
+        if rows:
+            head = ["step", "samples", "mean over t", "lowest t", "highest t"]
+            tables.append(f"<h3>{kind.capitalize()}</h3>{table(head, rows)}")
+    if not tables:
+        return ("<p>The runs share no held-out sample at any step: nothing can be paired.</p>"
+                + _not_paired(run_a, run_b, steps))
     return (
         "<p>Loss of B minus loss of A on the same samples, t and noise; below 0, B is better. "
-        "Brackets: 95 % bootstrap interval over samples.</p>"
-        f"<div class=plots>{plot_difference(run_a, run_b, steps)}</div>"
-        "<table><tr><th>step</th><th>samples</th><th>mean over t</th><th>lowest t</th>"
-        f"<th>highest t</th></tr>{''.join(rows)}</table>"
+        f"Brackets: 95 % bootstrap interval over samples.</p>{_not_paired(run_a, run_b, steps)}"
+        f"<div class=plots>{plot_difference(found)}</div>{''.join(tables)}"
     )
+
+
+def _not_paired(run_a: Path, run_b: Path, steps: list[int]) -> str:
+    """Which samples `differences` left out because no id tells them apart."""
+    twice = sorted({name for run in (run_a, run_b) for step in steps
+                    for name in repeated_ids(run, step)})
+    if not twice:
+        return ""
+    shown = ", ".join(twice[:3] + ["..."] * (len(twice) > 3))
+    return (f"<p>Not paired: {len(twice)} id{'s' * (len(twice) > 1)} that a run holds twice "
+            f"({html.escape(shown)}). Two of data.streams have them, or a substitute stood in for "
+            "a bad sample; give every stream's manifest ids of its own.</p>")
 
 
 def plots_section(runs: list[Curves], references: list[Curves]) -> str:
@@ -154,22 +133,6 @@ def _inline(path: Path, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def card_section(run_dir: Path, label: str) -> str:
-    """What made the weights: every start, and every resolved setting."""
-    parts = [f"<h2>How {html.escape(label)} was made</h2>"]
-    for start in read_starts(run_dir):
-        title = f"start of {start['time']} at step {start['first_step']}"
-        parts.append(_folded(title, start))
-    for path in sorted((run_dir / "config").glob("*.json")):
-        parts.append(_folded(path.name, json.loads(path.read_text(encoding="utf-8"))))
-    return "".join(parts)
-
-
-def _folded(title: str, values: Any) -> str:
-    text = html.escape(json.dumps(values, indent=1, ensure_ascii=False))
-    return f"<details><summary>{html.escape(title)}</summary><pre>{text}</pre></details>"
-
-
 def build_page(run_dirs: list[Path], references: list[Path]) -> str:
     """The whole page as text."""
     labels = [f"{letter}: {run.name}" if len(run_dirs) > 1 else run.name
@@ -197,8 +160,22 @@ def reference_name(path: Path) -> str:
     return path.resolve().parent.name if path.stem == "metrics" else path.stem
 
 
+def check_references(references: list[Path], overlay: bool) -> None:
+    """ConfigError unless each has a name of its own: its label, and its folder in TensorBoard."""
+    if overlay and not references:
+        raise ConfigError("--overlay: no --reference is given, and the overlay is made of them; "
+                          "add --reference metrics.jsonl")
+    seen: dict[str, Path] = {}
+    for path in references:
+        name = reference_name(path)
+        if name in seen:
+            raise ConfigError(f"--reference={path}: called {name}, as {seen[name]} is; give it "
+                              f"by another name: ln -s {path.resolve()} other.jsonl")
+        seen[name] = path
+
+
 def read_reference(path: Path, place: int) -> Curves:
-    """Another run's metrics.jsonl, by itself."""
+    """Another run's metrics.jsonl, by itself; a value that is no number is left out."""
     rule = f"--reference={path}: {{}}; give the metrics.jsonl of a run"
     if not path.is_file():
         raise ConfigError(rule.format("no such file"))
@@ -206,20 +183,25 @@ def read_reference(path: Path, place: int) -> Curves:
         records = read_lines(path)
     except ValueError as error:
         raise ConfigError(rule.format(f"not JSON lines: {error}")) from error
-    if not records or not all(isinstance(one, dict) and "step" in one for one in records):
+    if not records or not all(isinstance(one, dict) and isinstance(one.get("step"), int)
+                              for one in records):
         raise ConfigError(rule.format("lines without a step" if records else "no record in it"))
+    records = [{tag: value for tag, value in record.items()
+                if isinstance(value, int | float) and math.isfinite(value)} for record in records]
     colour = COLOURS[place % len(COLOURS)]
     return Curves(f"reference {reference_name(path)}", colour, REFERENCE, records, [])
 
 
 def write_overlay(run_dir: Path, reference: Path) -> Path:
-    """A reference as a TensorBoard run of its own, RUN/tb/reference_NAME."""
+    """A reference as a TensorBoard run of its own, RUN/tb/reference_NAME; OSError if it is not."""
     folder = run_dir / "tb" / f"reference_{reference_name(reference)}"
     events = Events(folder, 0)
     for record in read_reference(reference, 0).records:
         step = record.pop("step")
-        events.scalars(step, {tag: value for tag, value in record.items() if math.isfinite(value)})
+        events.scalars(step, record)
     events.close()
+    if events.errors:
+        raise OSError(f"{folder}: not written")
     return folder
 
 
@@ -234,6 +216,7 @@ def main() -> int:
     try:
         if len(arguments.runs) > 2:
             raise ConfigError(f"{len(arguments.runs)} runs given; the report takes one or two")
+        check_references(arguments.reference, arguments.overlay)
         page = build_page(arguments.runs, arguments.reference)
         out = arguments.out or arguments.runs[0] / "report.html"
         out.write_text(page, encoding="utf-8")

@@ -9,7 +9,8 @@ go into a file, because a difference of two runs is far less noisy per sample th
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,9 @@ def measure(
     finally:
         engine.train()
     attempt.settle()
-    return sorted(row for part in gather_objects(mine, world) for row in part)
+    # Two streams may hold one id, with and without sound: None has no order among losses.
+    return sorted((row for part in gather_objects(mine, world) for row in part),
+                  key=lambda row: (row.id, row.video, row.audio or []))
 
 
 def summarise(rows: list[Row], t: tuple[float, ...], suffix: str = "") -> dict[str, float]:
@@ -75,15 +78,19 @@ def summarise(rows: list[Row], t: tuple[float, ...], suffix: str = "") -> dict[s
         if not losses:
             continue
         means = [math.fsum(sample) / len(t) for sample in losses]
-        count, mean = len(means), math.fsum(means) / len(means)
-        spread = math.fsum((x - mean) ** 2 for x in means)
-        values[f"validation/loss_{modality}{suffix}"] = mean
-        values[f"validation/stderr_{modality}{suffix}"] = math.sqrt(
-            spread / max(count - 1, 1) / count)
+        values[f"validation/loss_{modality}{suffix}"] = math.fsum(means) / len(means)
+        values[f"validation/stderr_{modality}{suffix}"] = standard_error(means)
         for value, column in zip(t, zip(*losses, strict=True), strict=True):
             name = f"validation_t/{modality}{suffix}/{value:.2f}"
-            values[name] = math.fsum(column) / count
+            values[name] = math.fsum(column) / len(column)
     return values
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; 0 for a single one."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    spread = math.fsum((x - mean) ** 2 for x in values)
+    return math.sqrt(spread / max(count - 1, 1) / count)
 
 
 def write_rows(run_dir: Path, step: int, rows: dict[str, list[Row]], t: tuple[float, ...]) -> None:
@@ -96,11 +103,38 @@ def write_rows(run_dir: Path, step: int, rows: dict[str, list[Row]], t: tuple[fl
     write_text(folder / f"step{step:08d}.jsonl", "\n".join(lines) + "\n")
 
 
-def read_rows(run_dir: Path, step: int, weights: str = "raw") -> dict[str, dict[str, Any]]:
-    """Sample id -> its line of a step's file."""
+def read_step(run_dir: Path, step: int, weights: str = "raw") -> list[dict[str, Any]]:
+    """Every line of a step's file."""
     text = (run_dir / "validation" / f"step{step:08d}.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    return {line["id"]: line for line in lines if line["weights"] == weights}
+    return [line for line in lines if line["weights"] == weights]
+
+
+def read_rows(run_dir: Path, step: int, weights: str = "raw") -> dict[str, dict[str, Any]]:
+    """Sample id -> its line of a step's file; without `repeated_ids`, whose lines look alike."""
+    repeated = repeated_ids(run_dir, step)
+    return {line["id"]: line for line in read_step(run_dir, step, weights)
+            if line["id"] not in repeated}
+
+
+def repeated_ids(run_dir: Path, step: int) -> set[str]:
+    """Ids of more than one sample: two streams have it, or a substitute stood in for a bad one."""
+    counts = Counter(line["id"] for line in read_step(run_dir, step))
+    return {name for name, count in counts.items() if count > 1}
+
+
+def spread_by_t(run_dir: Path, step: int, modality: str) -> dict[str, float]:
+    """t, spelled as in validation_t/{modality}/{t} -> standard error over the step's samples.
+
+    Empty without losses, or without the file, which a full disk may not have taken.
+    """
+    try:
+        lines = [line for line in read_step(run_dir, step) if line[modality]]
+    except FileNotFoundError:
+        return {}
+    columns = zip(*(line[modality] for line in lines), strict=True)
+    return {f"{t:.2f}": standard_error(column)
+            for t, column in zip(lines[0]["t"] if lines else (), columns, strict=True)}
 
 
 @torch.no_grad()
