@@ -1,16 +1,13 @@
 """Tiny worlds and real ranks for the tests of what goes wrong (see tests/fault_worker.py)."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.launch import ROOT, environment, torchrun
+from tests.launch import run_ranks, start_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 
@@ -58,13 +55,7 @@ def start_runs(root: Path, processes: int, runs: dict[str, dict[str, Any]]) -> s
             for name, run in runs.items()]
     path = root / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    return torchrun(processes, "tests/fault_worker.py", "--runs", str(path)).stdout
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return run_ranks(processes, "tests/fault_worker.py", "--runs", str(path)).stdout
 
 
 class Ranks:
@@ -74,33 +65,26 @@ class Ranks:
         self, processes: int, arguments: list[str], fault: dict[str, Any] | None = None,
         **extra: str,
     ) -> None:
-        port = free_port()
         self.began = time.monotonic()
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-u", "tests/fault_worker.py", *arguments], cwd=ROOT,
-                env=environment() | {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                    "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port, "FAULT": json.dumps(fault or {}),
-                } | extra,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                start_new_session=True,  # a signal to the group reaches this rank's children only
-            )
-            for rank in range(processes)
-        ]
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(processes)]
+        self.programs = start_ranks(
+            processes, ["tests/fault_worker.py", *arguments],
+            [file for file in self.files for _ in ("output", "errors")],
+            FAULT=json.dumps(fault or {}), **extra)
 
     def finish(self, timeout: float = 300) -> tuple[list[int], list[str]]:
         """(exit codes, outputs) of all ranks; kills what is left at the end of the time."""
         outputs = []
-        for process in self.processes:
+        for program, file in zip(self.programs, self.files, strict=True):
             try:
-                left = timeout - (time.monotonic() - self.began)
-                outputs.append(process.communicate(timeout=max(left, 1))[0])
+                program.wait(max(timeout - (time.monotonic() - self.began), 1))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # its workers hold the pipe open
-                outputs.append(process.communicate()[0])
-        return [process.returncode for process in self.processes], outputs
+                program.kill()
+            program.wait()
+            file.seek(0)
+            outputs.append(file.read())
+            file.close()
+        return [program.wait() for program in self.programs], outputs
 
 
 def status(run_dir: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch import ROOT, environment, torchrun
+from tests.launch import ROOT, environment, run_ranks
 from training import tags
 from training.checkpoint import read_weights, write_weights
 from training.distributed import World
@@ -33,7 +33,7 @@ ALONE = World(0, 1, 0, 1, "alone")
 
 @pytest.mark.slow
 def test_faults_on_two_ranks(tmp_path):
-    done = torchrun(2, "tests/checkpoint_faults.py", str(tmp_path))
+    done = run_ranks(2, "tests/checkpoint_faults.py", str(tmp_path))
     for name in (
         "second writer refused",
         "fresh start",
@@ -66,9 +66,9 @@ def losses(output: str) -> dict[str, list[list[float]]]:
 def test_resume_is_exact_and_has_no_world_size(tmp_path):
     """Weights, moments, EMA, losses: bit for bit on the same ranks, to rounding on others."""
     brief = ["stage0", "stage3_small", "bf16_stage1"]
-    first = torchrun(2, WORKER, str(tmp_path), "exact:" + ",".join(brief))
+    first = run_ranks(2, WORKER, str(tmp_path), "exact:" + ",".join(brief))
     assert all(f"exact {name}" in first.stdout for name in brief)
-    second = torchrun(1, WORKER, str(tmp_path), "exact2:" + ",".join(brief))
+    second = run_ranks(1, WORKER, str(tmp_path), "exact2:" + ",".join(brief))
     check_losses(losses(second.stdout), {f"exact2/{name}" for name in brief})
 
 
@@ -86,7 +86,7 @@ def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
     found: dict[str, list[list[float]]] = {}
     for ranks, *parts in ((1, "exact"), (2, "exact", "exact1"), (4, "exact", "exact1", "exact2"),
                           (2, "exact4"), (1, "exact2", "exact4")):
-        done = torchrun(ranks, WORKER, str(tmp_path), *parts)
+        done = run_ranks(ranks, WORKER, str(tmp_path), *parts)
         said = done.stdout.splitlines()
         assert "exact" not in parts or all(f"exact {name}" in said for name in ENGINES)
         for saved, lines in losses(done.stdout).items():
@@ -99,7 +99,7 @@ def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
 @pytest.mark.faults
 def test_offloaded_optimiser(tmp_path):
     """DeepSpeedCPUAdam, which the C++ compiler that the README asks for builds."""
-    done = torchrun(2, WORKER, str(tmp_path), "offload")
+    done = run_ranks(2, WORKER, str(tmp_path), "offload")
     assert "exact offload2" in done.stdout and "exact offload3" in done.stdout, done.stderr[-3000:]
 
 

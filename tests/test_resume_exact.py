@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import records, torchrun
+from tests.launch import records, run_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from training.checkpoint import read_weights
@@ -68,7 +68,7 @@ def run(world: Path, ranks: int, *runs: tuple[str, ...]) -> None:
             for name, *more in runs]
     path = world / "spec.json"
     path.write_text(json.dumps(spec))
-    torchrun(ranks, "tests/train_worker.py", str(path))
+    run_ranks(ranks, "tests/train_worker.py", str(path))
 
 
 def drawn(run_dir: Path) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 import train
 from data.schema import load_metadata, save_metadata
-from tests.launch import ROOT, records, run, torchrun
+from tests.launch import ROOT, records, run, run_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from training.distributed import World
@@ -63,7 +63,7 @@ def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
             for name, overrides in runs.items()]
     path = world / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    torchrun(processes, "tests/train_worker.py", str(path))
+    run_ranks(processes, "tests/train_worker.py", str(path))
 
 
 def use(world: Path, json_name: str, *more: str) -> list[str]:
@@ -268,7 +268,7 @@ def test_the_rank_that_speaks_does_so_when_another_fails_first(world, tmp_path):
     late.write_text("import os, sys, time\nimport train\n"
                     "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(5)\n"
                     "sys.exit(train.main(sys.argv[1:]))\n")
-    done = torchrun(2, str(late), f"{world}/run.yaml", "log_every=0", check=False)
+    done = run_ranks(2, str(late), f"{world}/run.yaml", "log_every=0", check=False)
     assert done.returncode
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "log_every=0 must be at least 1" in lines[0]
@@ -336,7 +336,7 @@ def test_sample_writes_a_clip_and_a_sheet(runs, tmp_path, name):
         {"id": "a/b", "video_caption": "a red ball", "audio_caption": "a thud"}) + "\n")
     done = run([sys.executable, "-m", "tools.sample", str(runs / name), "--prompts",
                 str(tmp_path / "prompts.jsonl"), "--num-steps", "2"])
-    path = runs / name / "samples" / f"step{STEPS:08d}" / "a_b.mp4"
+    path = runs / name / "samples" / f"step{STEPS:08d}_sampled" / "a_b.mp4"
     assert str(path) in done.stdout
     with av.open(str(path)) as clip:
         streams = {stream.type: stream for stream in clip.streams}

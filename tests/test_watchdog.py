@@ -100,7 +100,7 @@ def test_one_stuck_rank_ends_all_with_every_stack_there_is(tmp_path, kind, stack
     root = write_world(tmp_path)
     ranks = Ranks(2, [f"{root}/run.yaml", f"run_dir={root}/run", "watchdog.compute=8"],
                   {"kind": kind, "rank": 1, "steps": [3]}, TORCH_FR_BUFFER_SIZE="100")
-    ranks.processes[0].wait(300)
+    ranks.programs[0].wait(300)
     codes, outputs = ranks.finish(0 if kind == "stop" else 300)  # a stopped one never ends
     assert codes[0] == 76, outputs[0]
     assert codes[1] == (76 if kind == "hang" else -9)  # a stopped one is the launcher's to kill

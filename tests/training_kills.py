@@ -11,29 +11,23 @@ disturbed, bit for bit.
 """
 
 import argparse
+import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import train
-from tests.faults import free_port
-from tests.launch import ROOT, environment, records
+from tests.launch import LAUNCHER_WAITS, records, start_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
-from training.distributed import leave
 from training.manifest import MANIFEST, read_manifest
 from training.tags import tag_of
 
-# Ranks are real processes that run the command's own main; only its imports, by far the longest
-# part of a short run, are done once, in the server that they are forked from.
-PROCESSES = multiprocessing.get_context("forkserver")
 RANKS = 2
-LAUNCHER_WAITS = 30  # seconds before a launcher ends the other ranks, as `srun --wait` does
 SAVE_EVERY = 4
 TAGS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm")
 
@@ -75,20 +69,16 @@ class Life:
     """One start of the command: its ranks, and what became of them."""
 
     def __init__(self, config: Path, run_dir: Path) -> None:
-        PROCESSES.set_forkserver_preload(["tests.training_kills"])
-        port = free_port()
         self.run_dir = run_dir
         self.log = config.parent / f"{run_dir.name}.log"
         self.said = self.log.stat().st_size if self.log.exists() else 0
-        arguments = [str(config), f"run_dir={run_dir}"]
-        self.ranks = [PROCESSES.Process(target=_rank, args=(rank, port, arguments, str(self.log)))
-                      for rank in range(RANKS)]
-        for process in self.ranks:
-            process.start()
+        with open(self.log, "a", encoding="utf-8") as log:
+            self.ranks = start_ranks(RANKS, ["train.py", str(config), f"run_dir={run_dir}"],
+                                     [log] * 2 * RANKS)
 
     @property
     def alive(self) -> bool:
-        return any(process.is_alive() for process in self.ranks)
+        return any(rank.poll() is None for rank in self.ranks)
 
     def wait_for_steps(self) -> None:
         """Until this life has made a step, or has ended."""
@@ -119,37 +109,23 @@ class Life:
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(path.parent.name))
         found = []
-        for process in self.ranks:
-            assert process.pid is not None
-            below = children.get(process.pid, [])  # the workers' fork server is there
+        for rank in self.ranks:
+            below = children.get(rank.pid, [])  # the workers' fork server is there
             workers = [worker for server in below for worker in children.get(server, [])]
-            found.append(([process.pid, *below, *workers], workers))
+            found.append(([rank.pid, *below, *workers], workers))
         return found
 
-    def end_undisturbed(self) -> list[int | None]:
-        for process in self.ranks:
-            process.join()
-        return self.end()
+    def end_undisturbed(self) -> list[int]:
+        return [rank.wait() for rank in self.ranks]
 
-    def end(self) -> list[int | None]:
+    def end(self) -> list[int]:
         """Exit codes, once every rank is gone, by itself or because the launcher waited enough."""
         deadline = time.monotonic() + LAUNCHER_WAITS
-        for process in self.ranks:
-            process.join(max(deadline - time.monotonic(), 0))
-            process.kill()
-            process.join()
-        return [process.exitcode for process in self.ranks]
-
-
-def _rank(rank: int, port: str, arguments: list[str], log: str) -> None:
-    """`python train.py ARGUMENTS` as srun starts it, its output at the end of `log`."""
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ |= environment() | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.chdir(ROOT)
-    leave(train.main(arguments))
+        for rank in self.ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(max(deadline - time.monotonic(), 0))
+            rank.kill()
+        return [rank.wait() for rank in self.ranks]
 
 
 def _kill(life: Life, chance: random.Random) -> str | None:
