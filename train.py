@@ -62,7 +62,7 @@ from training.watch import Scale, Watch
 EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
 EXIT_SECONDS = 120
 SPEAKER_SECONDS = 20.0  # by which the slowest rank of a node has found the same error
-BUDGET_AGAIN = 20  # steps after a start, when the first slow one no longer counts
+BUDGET_AGAIN = 20  # steps after a start at least: then there are times to reckon with
 
 
 def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
@@ -165,7 +165,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     watch = build_watch(engine, config, plan, world, found.manifest.run.get("watch") if found
                         else None)
     writer = MetricWriter(run_dir if world.is_main else None, resumed_at, config.max_steps)
-    validated = broadcast_object(writer.validated(first), world)
+    validated, drawn = broadcast_object((writer.validated(first), bench.drawn(first)), world)
     if world.is_main:
         device, peak = device_name(engine.device), watch.scale.peak_tflops
         if resumed_at is not None:  # validate_only makes nothing that a record would tell of
@@ -176,6 +176,8 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
                 peak={"device": device, "bf16_tflops": peak})
             resolved = {"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
                         "data": dataclasses.asdict(plan.streams[0].metadata),
+                        "streams": {stream.label: dataclasses.asdict(stream.metadata)
+                                    for stream in plan.streams},
                         "model": dataclasses.asdict(plan.model)}
             writer.record(resumed_at, resolved,
                           {"environment": card, "parameters": ds.count_by(model, part_of)})
@@ -211,9 +213,9 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
                     "validation", step, validate)
             if held:
                 writer.held_out(step, held, recorded=known)
-        if config.sample_every and safety.stop is None and (step > first or fresh) and (
-            step % config.sample_every == 0 or last
-        ):
+        if config.sample_every and safety.stop is None and not config.validate_only and (
+            step > first or not drawn
+        ) and (step % config.sample_every == 0 or last):
             with safety.phase("sampling"):
                 bench.survive("sampling", step, partial(bench.draw, step, writer))
         if step > first and (step % config.save_every == 0 or done or safety.save):
@@ -244,7 +246,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             shares, slowest = safety.straggler.compare(watch.here)
             values = watch.record(step, epoch, clock.tick(watch.here, safety.spent), safety.spent)
             writer.step(step, values | shares, clock, slowest)
-        if world.is_main and step == first + BUDGET_AGAIN:
+        if world.is_main and logged and 0 <= step - first - BUDGET_AGAIN < config.log_every:
             writer.say(budget(run_dir, step, *means))
         if step % config.health_every == 0:
             with safety.phase("validation"):
@@ -253,7 +255,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
             writer.scalars(step, moved | (inside or {}))
     ended = safety.finish(step, config.max_steps, config.validate_only)
     if world.is_main:
-        writer.say(summary(run_dir, ended, began.tick(), f"{config.task}: {size}"))
+        writer.say(summary(run_dir, ended, began.tick(), f"{config.task}: {size}", safety.spent))
     writer.close(step, dataclasses.asdict(config))
     loader.close()  # its processes would keep a job step alive
 

@@ -34,7 +34,7 @@ def test_the_slow_rank_is_named_with_its_node(tmp_path):
     assert sorted(steps) == [2, 4]
     slow = steps[4]
     assert slow["time/forward_seconds_slowest"] > 0.4
-    assert slow["time/forward_seconds_slowest"] - slow["time/forward_seconds"] > 0.3
+    assert slow["time/forward_seconds_slowest"] - slow["time/forward_seconds"] > 0.15
     assert slow["time/forward_slowest_rank"] == 1
     host = json.loads((root / "runs/run/config/starts.jsonl").read_text())["hosts"][0]
     last = [line for line in said.splitlines() if line.startswith("step 4/4  loss")][0]

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.schema import DataError
 from experiment import RunConfig
-from tests.launch import ROOT, environment, run, torchrun
+from tests.launch import ROOT, environment, run, run_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from tools import report
@@ -74,7 +74,7 @@ def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
             for name, overrides in runs.items()]
     path = world / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    done = torchrun(processes, "tests/train_worker.py", str(path))
+    done = run_ranks(processes, "tests/train_worker.py", str(path))
     (world / f"said{processes}.txt").write_text(done.stdout)
 
 
@@ -82,9 +82,14 @@ def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
 def runs(world) -> Path:
     zero3 = [f"deepspeed={world}/zero3.json"]
     start(world, 2, {"two": [*WATCHED, *zero3], "two_blind": [*BLIND, *zero3]})
+    halted = [*BLIND, "sample_every=1", "samples.count=1", "max_steps=2"]
+    (world / "halted").mkdir()
+    (world / "halted" / "STOP").touch()  # stops after step 1
     start(world, 1, {
-        "one": WATCHED, "t2v": [*WATCHED, "task=t2v", "sample_every=3", "max_steps=3"],
-        "one:again": [*WATCHED, "validate_only=true"]})
+        "one": WATCHED, "one_blind": BLIND,
+        "t2v": [*WATCHED, "task=t2v", "sample_every=3", "max_steps=3"],
+        "one:again": [*WATCHED, "validate_only=true"],
+        "halted": halted, "halted:again": halted})
     return world
 
 
@@ -184,11 +189,23 @@ def test_a_killed_and_resumed_run_has_the_undisturbed_runs_curves(runs, killed):
 
 
 @pytest.mark.slow
-def test_watching_does_not_change_training_by_one_bit(runs):
-    _, watched = read_weights(runs / "two", STEPS)
-    _, blind = read_weights(runs / "two_blind", STEPS)
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_watching_does_not_change_training_by_one_bit(runs, name, averaged):
+    """Under ZeRO-2 and, on two ranks, ZeRO-3; the weights and their average."""
+    _, watched = read_weights(runs / name, STEPS, averaged)
+    _, blind = read_weights(runs / f"{name}_blind", STEPS, averaged)
     assert watched.keys() == blind.keys()
     assert all(torch.equal(watched[name], blind[name]) for name in watched)
+
+
+@pytest.mark.slow
+def test_a_stop_at_a_sampling_step_leaves_its_samples_to_the_next_start(runs):
+    said = (runs / "said1.txt").read_text()
+    assert "stopped (file STOP): step 1" in said and "resuming at step 1" in said
+    samples = runs / "halted" / "samples"
+    assert {path.parent.name for path in samples.glob("step*/prompts.json")} == {
+        f"step0000000{step}" for step in range(3)}
 
 
 @pytest.mark.slow
@@ -244,7 +261,7 @@ def test_sound_is_stereo_and_the_settings_are_text(runs):
     sound = events.Audio("samples/00_validation000/sound")[0]
     assert sound.content_type == "audio/wav" and sound.encoded_audio_string[22] == 2  # channels
     tags = events.Tags()["tensors"]
-    for name in ("run", "deepspeed", "data", "model", "environment", "parameters"):
+    for name in ("run", "deepspeed", "data", "streams", "model", "environment", "parameters"):
         assert f"config/{name}/text_summary" in tags
     plugins = events.summary_metadata
     assert any(value.plugin_data.plugin_name == "hparams" for value in plugins.values())

@@ -24,7 +24,12 @@ SCRIPT = """
 const clips = [...document.querySelectorAll('video')];
 const play = (chosen) => { for (const c of clips) c.pause();
   for (const c of chosen) { c.currentTime = 0; c.muted = chosen.length > 1; c.play(); } };
-for (const c of clips) c.onclick = () => { c.muted = false; };
+for (const c of clips) {
+  c.onclick = () => { c.muted = false; };
+  c.controls = false;  // on a clip this small they lie over half of the picture
+  c.onmouseenter = () => { c.controls = true; };
+  c.onmouseleave = () => { c.controls = false; };
+}
 document.getElementById('all').onclick = () => play(clips);
 for (const row of document.querySelectorAll('tr')) {
   const button = row.querySelector('button');
@@ -56,7 +61,8 @@ def write_gallery(samples: Path, title: str) -> Path:
 <style>{STYLE}</style><h1>Samples of {title}</h1>
 <p>Fixed prompts and seeds. <b>guidance1</b> is drawn without guidance, <b>no_sound</b> with the
 audio stream cut off from the picture: where it differs from the row above, sound changes the
-picture. One clip plays with its sound; several play muted, and a click on one unmutes it.</p>
+picture. One clip plays with its sound; several play muted, and a click on one unmutes it. A
+clip's controls show under the pointer.</p>
 <p><button id="all">play all</button></p>
 <table><tr><th></th>{head}</tr>{rows}</table><script>{SCRIPT}</script></html>
 """

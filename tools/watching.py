@@ -18,6 +18,7 @@ from data.schema import Batch, DataError
 from experiment import RunConfig
 from model.gauges import Gauges
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
+from tools.gallery import CAPTIONS
 from training.attempt import AttemptError
 from training.distributed import World
 from training.ema import EMA
@@ -108,6 +109,10 @@ class Bench(NamedTuple):
                 log_previews(folder, step, writer.events, first.metadata.sample_rate)
             writer.say(f"step {step}/{config.max_steps}  samples {folder.parent}/index.html")
 
+    def drawn(self, step: int) -> bool:
+        """Whether a step's samples are there; a stop at that very step leaves them to the next."""
+        return (Path(self.config.run_dir) / "samples" / f"step{step:08d}" / CAPTIONS).is_file()
+
     def survive(self, what: str, step: int, action: Callable[[], T]) -> T | None:
         """Run an action that training can do without; None when it failed, and why is said.
 
@@ -115,7 +120,7 @@ class Bench(NamedTuple):
         """
         try:
             return action()
-        except (DataError, OSError, RuntimeError) as error:
+        except Exception as error:
             if self.world.world_size > 1 and not isinstance(error, DataError | AttemptError):
                 error.add_note(f"error: {what} at step {step} failed on rank {self.world.rank}")
                 raise

@@ -89,7 +89,8 @@ def budget(
     end = environ.get("SLURM_JOB_END_TIME", "")
     allowed = max(float(end) - time.time(), 1.0) if end.isdigit() else None
     if timed:
-        each = statistics.median(record["time/step_seconds"] for record in timed)
+        # The first one holds a start's slow first step.
+        each = statistics.median(record["time/step_seconds"] for record in timed[1:] or timed)
         beside = _seconds_beside(timed)
         left = (each + beside) * to_go
         need = f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.0f} min"
@@ -128,11 +129,14 @@ def _seconds_beside(timed: list[dict[str, Any]]) -> float:
     return spent / steps if steps > 0 else 0.0
 
 
-def summary(run_dir: Path, ended: str, seconds: float, trained: str) -> str:
+def summary(
+    run_dir: Path, ended: str, seconds: float, trained: str, spent: Mapping[str, float],
+) -> str:
     """What was trained, its best and last losses, and where everything is.
 
     Args:
         trained: the task and the model's size, in words.
+        spent: seconds per phase since the last record, which no record holds.
     """
     records = _records(run_dir)
     lines = [f"{ended} after {format_seconds(seconds)}; run directory {run_dir}", f"  {trained}"]
@@ -143,6 +147,9 @@ def summary(run_dir: Path, ended: str, seconds: float, trained: str) -> str:
         lines.append(f"  training loss at step {last['step']}: {last['train/loss']:.4f}  {parts}"
                      + (f"  after {last['train/samples_seen']:.0f} samples"
                         if "train/samples_seen" in last else ""))
+    if any(spent.get(phase) for phase in NO_STEP):
+        lines.append("  after the last record: " + ", ".join(
+            f"{phase} {spent[phase]:.1f} s" for phase in NO_STEP if spent.get(phase)))
     for tag in dict.fromkeys(tag for record in records for tag in record
                              if tag.startswith("validation/loss_")):
         found = {record["step"]: record[tag] for record in records if tag in record}

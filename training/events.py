@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 FLUSH_SECONDS = 30
+PEAK_CHART = "share of the peak"
 # The first screen: what one looks at, in this order. Regular expressions of tags.
 LAYOUT = {
     "At a glance": {
@@ -30,7 +31,7 @@ LAYOUT = {
         "audio loss": ["Multiline", [r"train/loss_audio$", r"validation/loss_audio(_ema)?$"]],
         "gradient norm": ["Multiline", [r"train/grad_norm"]],
         "seconds of a step": ["Multiline", [r"time/(step|data|compute)_seconds$"]],
-        "share of the peak": ["Multiline", [r"throughput/mfu$"]],
+        PEAK_CHART: ["Multiline", [r"throughput/mfu$"]],
     },
     "Held-out loss by t": {
         "video": ["Multiline", [r"validation_t/video"]],
@@ -108,10 +109,16 @@ class Events:
                               encoded_audio_string=wav, content_type="audio/wav")
         self._write(step, Summary.Value(tag=tag, audio=audio))
 
-    def begin(self, config: Mapping[str, Any], metrics: list[str]) -> None:
-        """Once in a run's life: the layout, and the settings that the HParams tab compares by."""
+    def begin(self, config: Mapping[str, Any], metrics: list[str], peak: bool) -> None:
+        """Once in a run's life: the layout, and the settings that the HParams tab compares by.
+
+        Args:
+            peak: whether the device's peak is known; without it one chart would stay empty.
+        """
         experiment, started, _ = hparams(flatten(config), dict.fromkeys(metrics, 0.0))
-        for summary in (custom_scalars(LAYOUT), experiment, started):
+        layout = {title: {name: chart for name, chart in charts.items()
+                          if peak or name != PEAK_CHART} for title, charts in LAYOUT.items()}
+        for summary in (custom_scalars(layout), experiment, started):
             self._write(0, *summary.value)
 
     def end(self, step: int, config: Mapping[str, Any], metrics: list[str]) -> None:

@@ -144,7 +144,8 @@ class MetricWriter:
         for name, values in {**resolved, **start}.items():
             self.events.text(step, f"config/{name}", values)
         if self.fresh:
-            self.events.begin(resolved["run"], self._metrics(resolved["run"]))
+            peak = start["environment"]["peak"]["bf16_tflops"] is not None
+            self.events.begin(resolved["run"], self._metrics(resolved["run"]), peak)
 
     def _metrics(self, run: Mapping[str, Any]) -> list[str]:
         return list(HELD_OUT if run["task"] == "t2av" else HELD_OUT[:1])

@@ -41,7 +41,8 @@ SCALARS = {
     "memory/host_rss_gib": "resident memory of rank 0",
     "health/update_ratio_{part}": "size of the last update against that of the weights",
     "health/activation_{part}": "RMS of a part's last tokens on held-out samples at t = 0.5",
-    "health/attention_audio_to_video/{layer}": "share of audio's attention that lies on video",
+    "health/attention_audio_to_video/{layer}":
+        "share of audio's attention that lies on video; not in `fusion: cross`",
     "health/attention_video_to_audio/{layer}": "share of video's attention that lies on audio",
     "health/loss_video_t/{t}": "training loss of draws of t in this eighth since the last record",
     "health/loss_audio_t/{t}": "the same; by the video's t",

@@ -64,7 +64,7 @@ class Straggler:
         for column, part in enumerate(PARTS):
             slowest = int(table[:, column].argmax())
             most = float(table[slowest, column])
-            values[f"time/{part}_seconds"] = float(table[:, column].median())
+            values[f"time/{part}_seconds"] = float(table[:, column].quantile(0.5))
             values[f"time/{part}_seconds_slowest"] = most
             values[f"time/{part}_slowest_rank"] = float(slowest)
             words.append(f"{part} {values[f'time/{part}_seconds']:.2f} s" + (

@@ -1,7 +1,7 @@
 """Does a sampled tight clip show what its caption asked for, and does it sound as it moves?
 
     python -m tools.sample RUN --prompts CLIPS/manifest.jsonl --split validation ...
-    python -m tools.backbones.recognise RUN/samples/step00001000
+    python -m tools.backbones.recognise RUN/samples/step00001000_sampled
 
 A tracker follows each ball colour through the decoded mp4. Judged are the set of colours and the
 number of balls against the caption's clip, the acceleration of balls in free flight against the
