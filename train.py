@@ -165,6 +165,8 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     watch = build_watch(engine, config, plan, world, found.manifest.run.get("watch") if found
                         else None)
     writer = MetricWriter(run_dir if world.is_main else None, resumed_at, config.max_steps)
+    if resumed_at:
+        bench.renew_gallery()
     validated, drawn = broadcast_object((writer.validated(first), bench.drawn(first)), world)
     if world.is_main:
         device, peak = device_name(engine.device), watch.scale.peak_tflops

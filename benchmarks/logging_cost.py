@@ -4,10 +4,11 @@
 
 The real widths of both towers (3072 and 1024), few layers, 2 s clips, the real engine.
 "On" sums losses and work at every step, and logs norms per part, FLOPs and TensorBoard at every
-`--log-every`-th; "off" leaves all of that out. The blocks alternate, so that a machine that slows
-down slows both. Prints the median of the paired ratios with a 95 % bootstrap interval. The cost
-grows with the parameters, not with what a step trains on (`--batch`, `--frames`). Gauges and
-held-out losses are not logging: their time is on record as validation.
+`--log-every`-th; "off" leaves all of that out but the count of tokens in a forward's hook. The
+blocks alternate, so that a machine that slows down slows both. Prints the median of the paired
+ratios with a 95 % bootstrap interval. The cost grows with the parameters, not with what a step
+trains on (`--batch`, `--frames`). Gauges and held-out losses are not logging: their time is on
+record as validation.
 """
 
 import argparse

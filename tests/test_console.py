@@ -37,6 +37,14 @@ def test_budget_counts_what_lies_between_the_steps(tmp_path):
     assert "1000 steps to go at 2.00 s and 1.00 s for saves, validation and samples, 50 min" in line
 
 
+def test_budget_without_the_disks_answer_ends_no_run(tmp_path, monkeypatch):
+    tag = tmp_path / "checkpoints" / "step00000060"
+    tag.mkdir(parents=True)
+    (tag / "weights").symlink_to(tag / "gone")
+    line = budget(tmp_path, 60, 100, 2, 10, False, {})
+    assert line.startswith("budget: 40 steps to go; what fits the disk is not known: ")
+
+
 def test_budget_leaves_a_slow_first_record_out(tmp_path):
     write_records(tmp_path, *({"step": s, "time/step_seconds": seconds}
                               for s, seconds in ((10, 9.0), (20, 1.0))))

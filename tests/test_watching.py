@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from data.schema import DataError
 from experiment import RunConfig
@@ -269,6 +270,17 @@ def test_sound_is_stereo_and_the_settings_are_text(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "t2v"])
+def test_every_chart_of_the_layout_shows_something(runs, name):
+    events, found = read_events(runs / name)
+    said = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = [chart for part in Layout.FromString(said).category for chart in part.chart]
+    assert len(charts) == {"one": 11, "t2v": 7}[name]
+    for chart in charts:
+        assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in found)
+
+
+@pytest.mark.slow
 def test_validate_only_writes_no_step_twice(runs):
     said = (runs / "said1.txt").read_text().split("resuming at step 6")[1]
     assert re.search(r"step 6/6  held-out  video \d\.\d+ \+- \d\.\d+", said)
@@ -335,7 +347,7 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
         report.read_reference(path, 0)
 
 
-@pytest.mark.parametrize("twin", ["t2av"])
+@pytest.mark.parametrize("twin", ["t2av", "t2v"])
 def test_a_kept_reference_is_a_whole_run_of_its_config(twin):
     """benchmarks/playground/*.jsonl: "is my loss normal?" is asked against them."""
     curves = report.read_reference(ROOT / "benchmarks" / "playground" / f"{twin}.jsonl", 0)
@@ -348,8 +360,8 @@ def test_a_kept_reference_is_a_whole_run_of_its_config(twin):
         assert (steps[1:] > steps[:-1]).all(), f"{tag} holds a step twice"
         assert steps[-1] == config.max_steps
         assert losses[-1] < losses[0]
-    assert curves.points("train/lr")[1].max() == pytest.approx(
-        config.optimizer.lr * max(1, config.optimizer.lr_new))
+    new = max(1, config.optimizer.lr_new) if twin == "t2av" else 1  # a t2v run has no new weights
+    assert curves.points("train/lr")[1].max() == pytest.approx(config.optimizer.lr * new)
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):

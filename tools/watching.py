@@ -18,7 +18,7 @@ from data.schema import Batch, DataError
 from experiment import RunConfig
 from model.gauges import Gauges
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
-from tools.gallery import CAPTIONS
+from tools.gallery import CAPTIONS, write_gallery
 from training.attempt import AttemptError
 from training.distributed import World
 from training.ema import EMA
@@ -108,6 +108,13 @@ class Bench(NamedTuple):
             with told_alone(f"samples of step {step} in TensorBoard"):
                 log_previews(folder, step, writer.events, first.metadata.sample_rate)
             writer.say(f"step {step}/{config.max_steps}  samples {folder.parent}/index.html")
+
+    def renew_gallery(self) -> None:
+        """After a resume, which takes the samples of later steps away."""
+        samples = Path(self.config.run_dir) / "samples"
+        if self.world.is_main and samples.is_dir():
+            with told_alone("the samples' page"):
+                write_gallery(samples, samples.parent.name)
 
     def drawn(self, step: int) -> bool:
         """Whether a step's samples are there; a stop at that very step leaves them to the next."""

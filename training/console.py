@@ -102,10 +102,13 @@ def budget(
                 words += f", about {math.ceil(left / allowed) - 1} requeues"
     elif allowed is not None:
         words += f"; this job has {allowed / 3600:.1f} h left"
-    saved = tags_in(run_dir)
-    size = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else (
-        parameters * 4 * (4 if averaged else 3))
-    fit = int(shutil.disk_usage(run_dir).free / max(size, 1))
+    try:
+        saved = tags_in(run_dir)
+        size = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else (
+            parameters * 4 * (4 if averaged else 3))
+        fit = int(shutil.disk_usage(run_dir).free / max(size, 1))
+    except OSError as error:  # a save says more; this is a line to read
+        return words + f"; what fits the disk is not known: {error}"
     wanted = max(0, keep + 1 - len(saved))
     words += f"; a checkpoint takes {size / 1e9:.2f} GB, {fit} more fit the disk"
     return words + ("" if fit >= wanted else f", {wanted} are wanted: make room")
@@ -162,5 +165,5 @@ def summary(
         "held-out": run_dir / "validation", "checkpoints": run_dir / "checkpoints",
         "samples": run_dir / "samples" / "index.html", "logs": run_dir / "logs",
     }
-    lines += [f"  {name:11s} {place}" for name, place in places.items() if place.exists()]
+    lines += [f"  {name:11s} {place}" for name, place in places.items() if os.path.exists(place)]
     return "\n".join([*lines, f"  to share      python -m tools.report {run_dir}"])

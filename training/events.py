@@ -10,7 +10,7 @@ written here from finished bytes. Called by training.metrics.
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 FLUSH_SECONDS = 30
-PEAK_CHART = "share of the peak"
 # The first screen: what one looks at, in this order. Regular expressions of tags.
-LAYOUT = {
+LAYOUT: dict[str, dict[str, list[Any]]] = {
     "At a glance": {
         "video loss": ["Multiline", [r"train/loss_video$", r"validation/loss_video(_ema)?$"]],
         "audio loss": ["Multiline", [r"train/loss_audio$", r"validation/loss_audio(_ema)?$"]],
         "gradient norm": ["Multiline", [r"train/grad_norm"]],
         "seconds of a step": ["Multiline", [r"time/(step|data|compute)_seconds$"]],
-        PEAK_CHART: ["Multiline", [r"throughput/mfu$"]],
+        "share of the peak": ["Multiline", [r"throughput/mfu$"]],
     },
     "Held-out loss by t": {
         "video": ["Multiline", [r"validation_t/video"]],
@@ -109,15 +108,21 @@ class Events:
                               encoded_audio_string=wav, content_type="audio/wav")
         self._write(step, Summary.Value(tag=tag, audio=audio))
 
-    def begin(self, config: Mapping[str, Any], metrics: list[str], peak: bool) -> None:
+    def begin(
+        self, config: Mapping[str, Any], metrics: list[str], absent: Sequence[str],
+    ) -> None:
         """Once in a run's life: the layout, and the settings that the HParams tab compares by.
 
         Args:
-            peak: whether the device's peak is known; without it one chart would stay empty.
+            absent: parts of tags that this run never writes; a chart of such a tag is left out.
         """
         experiment, started, _ = hparams(flatten(config), dict.fromkeys(metrics, 0.0))
-        layout = {title: {name: chart for name, chart in charts.items()
-                          if peak or name != PEAK_CHART} for title, charts in LAYOUT.items()}
+        layout = {}
+        for title, charts in LAYOUT.items():
+            drawn = {name: chart for name, chart in charts.items()
+                     if not any(part in chart[1][0] for part in absent)}
+            if drawn:
+                layout[title] = drawn
         for summary in (custom_scalars(layout), experiment, started):
             self._write(0, *summary.value)
 

@@ -144,8 +144,13 @@ class MetricWriter:
         for name, values in {**resolved, **start}.items():
             self.events.text(step, f"config/{name}", values)
         if self.fresh:
-            peak = start["environment"]["peak"]["bf16_tflops"] is not None
-            self.events.begin(resolved["run"], self._metrics(resolved["run"]), peak)
+            absent = {
+                "audio": resolved["run"]["task"] == "t2v",
+                "attention": resolved["model"]["fusion"] == "cross",
+                "mfu": start["environment"]["peak"]["bf16_tflops"] is None,
+            }
+            self.events.begin(resolved["run"], self._metrics(resolved["run"]),
+                              [part for part, never in absent.items() if never])
 
     def _metrics(self, run: Mapping[str, Any]) -> list[str]:
         return list(HELD_OUT if run["task"] == "t2av" else HELD_OUT[:1])
