@@ -74,7 +74,7 @@ class RunConfig:
     sample_every: int | None = None  # None: never; needs the decoders in `wan` and `tangoflux`
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     peak_tflops: float | None = None  # of one device, for MFU; None: by its name
-    validate_every: int = 500
+    validate_every: int | None = 500  # and at the start and the end; None: never
     validate_only: bool = False  # held-out loss of the newest checkpoint, then stop
     validation_samples: int | None = None  # None: the whole held-out split
     save_every: int = 500

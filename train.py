@@ -205,9 +205,9 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
     while True:
         done = step >= config.max_steps or config.validate_only or safety.stop is not None
         last = step == config.max_steps
-        if safety.stop is None and (step > first or not validated or config.validate_only) and (
-            step % config.validate_every == 0 or last or config.validate_only
-        ):
+        if config.validate_only or config.validate_every and safety.stop is None and (
+            step > first or not validated
+        ) and (step % config.validate_every == 0 or last):
             with safety.phase("validation"):
                 known = step == first and validated
                 validate = partial(bench.validate, step, not known)

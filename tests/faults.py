@@ -39,7 +39,7 @@ optimizer: {{lr: 1.0e-3}}
 warmup_steps: 1
 global_batch_size: 8
 max_steps: 8
-validate_every: 1000
+validate_every: null
 validation_samples: 1
 save_every: 3
 self_check: false

@@ -49,7 +49,7 @@ def write_assets(root: Path) -> Path:
         f"model: {{num_joint_blocks: 2}}\ndata: {{root: {root}/shards, num_workers: 0}}\n"
         "optimizer: {lr: 1.0e-3}\nwarmup_steps: 5\nglobal_batch_size: 4\n"
         f"max_steps: {STEPS}\ndeepspeed: {root}/engine.json\nself_check: false\n"
-        "validate_every: 1000\nsave_every: 1000\n"
+        "validate_every: null\nsave_every: 1000\n"
     )
     return config
 

@@ -379,7 +379,7 @@ def test_shipped_bf16_engines_train_save_resume_and_are_read(world):
         values["train_micro_batch_size_per_gpu"] = 4
         (world / f"bf16_{name}.json").write_text(json.dumps(values))
         overrides = use(world, f"bf16_{name}.json", f"run_dir={world}/runs/bf16_{name}",
-                        "validate_every=100")
+                        "validate_every=null")
         runs[f"bf16_{name}:first"] = [*overrides, "max_steps=2"]
         runs[f"bf16_{name}:second"] = [*overrides, "max_steps=3"]
     start(world, 2, runs)

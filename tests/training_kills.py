@@ -56,8 +56,7 @@ ema_decay: 0.9
 warmup_steps: 3
 global_batch_size: 4
 max_steps: {steps}
-validate_every: 100000
-validation_samples: 2
+validate_every: null
 save_every: {SAVE_EVERY}
 self_check: false
 deepspeed: {root}/engine.json

@@ -81,7 +81,10 @@ _zygotes: list[subprocess.Popen[bytes]] = []
 
 def serve(listener: socket.socket) -> None:
     """One keeper for every program that is asked for, until the asking process is gone."""
-    import train  # noqa: F401  what this is for
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  deepspeed.initialize does
+    import torch.utils.cpp_extension  # noqa: F401
+
+    import train  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
