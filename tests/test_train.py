@@ -268,7 +268,9 @@ def test_the_rank_that_speaks_does_so_when_another_fails_first(world, tmp_path):
     late.write_text("import os, sys, time\nimport train\n"
                     "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(5)\n"
                     "sys.exit(train.main(sys.argv[1:]))\n")
-    done = run_ranks(2, str(late), f"{world}/run.yaml", "log_every=0", check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node=2"]  # which ends all with the first that fails
+    done = run([*torchrun, str(late), f"{world}/run.yaml", "log_every=0"], check=False)
     assert done.returncode
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "log_every=0 must be at least 1" in lines[0]

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.launch import ROOT, environment, run, run_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from tools import report
+from tools.gallery import write_gallery
 from tools.watching import Bench
 from training.attempt import AttemptError
 from training.checkpoint import read_weights
@@ -377,6 +379,23 @@ def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):
     writer.scalars(3, {"train/loss": 3.0})
     assert read_records(tmp_path) == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/lr": 0.5},
                                       {"step": 3, "train/loss": 3.0}]
+
+
+def test_samples_that_a_resume_took_away_are_no_longer_on_their_page(tmp_path):
+    samples = tmp_path / "samples"
+    for step in (1, 2):
+        folder = samples / f"step0000000{step}"
+        folder.mkdir(parents=True)
+        (folder / "00_a.mp4").touch()
+        (folder / "prompts.json").write_text('{"00_a": "a ball"}')
+    config = SimpleNamespace(run_dir=str(tmp_path))
+    bench = Bench(*[None] * 4, config, World(0, 1, 0, 1, "test"), None)
+    write_gallery(samples, "run")
+    MetricWriter(tmp_path, 2)  # resumes at step 1
+    bench.renew_gallery()
+    page = (samples / "index.html").read_text()
+    assert "step 1<" in page and "step 2<" not in page
+    assert bench.drawn(1) and not bench.drawn(2)
 
 
 def test_a_failed_validation_names_itself_and_training_goes_on(capsys):
