@@ -8,9 +8,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.schema import load_metadata
+from experiment import RunConfig
 from tests import prepared, towers
+from tests.launch import ROOT
 from tools import plots, report
+from training.config import ConfigError, load_config
 from training.heldout import Row, write_rows
+from training.scalars import SCALARS, described
 
 T = (0.25, 0.75)
 LOSSES = {"t2av": {"train/loss": 1.5, "train/loss_video": 0.5, "train/loss_audio": 1.0},
@@ -166,3 +170,31 @@ def test_an_overlay_that_a_disk_did_not_take_is_an_error(twins, monkeypatch, cap
     (twins[0] / "tb").write_text("a file where the folder should be")
     assert call(monkeypatch, twins[0], "--reference", path, "--overlay") == 78
     assert "reference_t2av: not written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, why", [
+    (None, "no such file"), ("", "no record in it"), ("step 1\n", "not JSON lines"),
+    ('[1]\n', "without a step"), ('{"train/loss": 1}\n', "without a step")])
+def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
+    path = tmp_path / "t2av.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"--reference={path}: .*{why}.*give the metrics.jsonl"):
+        report.read_reference(path, 0)
+
+
+@pytest.mark.parametrize("twin", ["t2av", "t2v"])
+def test_a_kept_reference_is_a_whole_run_of_its_config(twin):
+    """benchmarks/playground/*.jsonl: "is my loss normal?" is asked against them."""
+    curves = report.read_reference(ROOT / "benchmarks" / "playground" / f"{twin}.jsonl", 0)
+    tags = {tag for record in curves.records for tag in record if tag != "step"}
+    assert {described(tag) for tag in tags} <= set(SCALARS)
+    assert ("train/loss_audio" in tags) == (twin == "t2av")
+    config = load_config(RunConfig, ROOT / "configs" / f"playground_{twin}.yaml", [])
+    for tag in ("train/loss", "validation/loss_video_ema"):
+        steps, losses = curves.points(tag)
+        assert (steps[1:] > steps[:-1]).all(), f"{tag} holds a step twice"
+        assert steps[-1] == config.max_steps
+        assert losses[-1] < losses[0]
+    new = max(1, config.optimizer.lr_new) if twin == "t2av" else 1  # a t2v run has no new weights
+    assert curves.points("train/lr")[1].max() == pytest.approx(config.optimizer.lr * new)

@@ -22,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from data.schema import DataError
-from experiment import RunConfig
 from tests.launch import ROOT, environment, run, run_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
@@ -31,7 +30,6 @@ from tools.gallery import write_gallery
 from tools.watching import Bench
 from training.attempt import AttemptError
 from training.checkpoint import read_weights
-from training.config import ConfigError, load_config
 from training.distributed import World
 from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records
@@ -336,34 +334,6 @@ def test_report_of_two_runs_is_one_file_that_opens_offline(runs, monkeypatch, ca
     expected = [(record["step"], pytest.approx(record["train/loss_video"]))
                 for record in read_records(runs / "two") if "train/loss_video" in record]
     assert [(e.step, e.value) for e in overlay.Scalars("train/loss_video")] == expected
-
-
-@pytest.mark.parametrize("text, why", [
-    (None, "no such file"), ("", "no record in it"), ("step 1\n", "not JSON lines"),
-    ('[1]\n', "without a step"), ('{"train/loss": 1}\n', "without a step")])
-def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
-    path = tmp_path / "t2av.jsonl"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError, match=f"--reference={path}: .*{why}.*give the metrics.jsonl"):
-        report.read_reference(path, 0)
-
-
-@pytest.mark.parametrize("twin", ["t2av", "t2v"])
-def test_a_kept_reference_is_a_whole_run_of_its_config(twin):
-    """benchmarks/playground/*.jsonl: "is my loss normal?" is asked against them."""
-    curves = report.read_reference(ROOT / "benchmarks" / "playground" / f"{twin}.jsonl", 0)
-    tags = {tag for record in curves.records for tag in record if tag != "step"}
-    assert {described(tag) for tag in tags} <= set(SCALARS)
-    assert ("train/loss_audio" in tags) == (twin == "t2av")
-    config = load_config(RunConfig, ROOT / "configs" / f"playground_{twin}.yaml", [])
-    for tag in ("train/loss", "validation/loss_video_ema"):
-        steps, losses = curves.points(tag)
-        assert (steps[1:] > steps[:-1]).all(), f"{tag} holds a step twice"
-        assert steps[-1] == config.max_steps
-        assert losses[-1] < losses[0]
-    new = max(1, config.optimizer.lr_new) if twin == "t2av" else 1  # a t2v run has no new weights
-    assert curves.points("train/lr")[1].max() == pytest.approx(config.optimizer.lr * new)
 
 
 def test_a_disk_that_takes_nothing_stops_no_run(tmp_path, capsys):
