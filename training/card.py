@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from training.distributed import World
-from training.metrics import cut_torn_line
+from training.run_dir import cut_torn_line
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",

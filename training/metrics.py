@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.events import Events
-from training.run_dir import keep_lines_before, read_lines, write_json
+from training.run_dir import cut_torn_line, keep_lines_before, read_lines, write_json
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
 HELD_OUT = ("validation/loss_video", "validation/loss_audio")
@@ -168,16 +168,6 @@ class MetricWriter:
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run."""
     return read_lines(run_dir / "metrics.jsonl")
-
-
-def cut_torn_line(path: Path) -> None:
-    """Take off what a kill left of a JSON-lines file's last line: the next would be glued to it.
-
-    `read_lines` skips such a line until then.
-    """
-    text = path.read_bytes() if path.exists() else b"\n"
-    if not text.endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def drop_steps_from(run_dir: Path, first_step: int) -> None:

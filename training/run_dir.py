@@ -61,6 +61,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def cut_torn_line(path: Path) -> None:
+    """Take off what a kill left of a JSON-lines file's last line: the next would be glued to it.
+
+    `read_lines` skips such a line until then.
+    """
+    text = path.read_bytes() if path.exists() else b"\n"
+    if not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
 def keep_lines_before(path: Path, first_step: int) -> None:
     """Drop a JSON-lines file's records from `first_step` on: a resumed run does them again."""
     if not path.exists():
