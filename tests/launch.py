@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 def run(command: list[str], check: bool = True, **extra: str) -> subprocess.CompletedProcess:
     """One command from the repository's root; its output is in the error when it fails."""
-    if command[0] == sys.executable and command[1] != "-c":
+    if command[0] == sys.executable:
         with _outputs() as (output, errors):
             program = Program(command[1:], environment() | extra, output, errors)
             return _finish([program], command, output, errors, check)

@@ -1,14 +1,19 @@
-"""Starts Python programs as forks of one process that has done train.py's imports.
+"""Start Python programs as forks of one process that has done train.py's imports.
 
-They take some ten seconds of a core, most of a short training, and the tests start hundreds of
-them. A program started here is a process of its own: session, environment, arguments, output, exit
-status and signals are those of one started by a launcher. Two things differ: what a library reads
-from the environment when it is imported was read before, and all programs share one hash seed.
-Real interpreters are left to the tests of launchers, of Slurm, of S3 and of a killed watched run.
+The imports take most of a short training, and the tests start hundreds of them. A program started
+here is a process of its own: session, environment, arguments, output, exit status and signals are
+those of one started by a launcher. Two things differ: what a library reads from the environment
+when it is imported was read before, and all programs share one hash seed. Real interpreters are
+left to the tests of launchers, of Slurm, of S3 and of a killed watched run.
+
+multiprocessing's fork server with a preload does not serve: its children have its session and
+standard streams, share its resource tracker, and would take the loader's workers from it, so that
+signals to a rank's process group would reach other processes than on a cluster.
 """
 
-import functools
+import fcntl
 import json
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -23,6 +28,8 @@ from typing import IO, NoReturn
 from training.distributed import leave
 
 ROOT = Path(__file__).parents[1]
+STOPS = (signal.SIGUSR1, signal.SIGTERM)
+ADDRESS = "AVFULLDIT_TESTS_ZYGOTE"  # a variable: the processes of pytest-xdist share one
 
 
 class Program:
@@ -61,22 +68,27 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-@functools.cache
-def _address() -> str:
-    """Where the zygote of this process listens; it ends with this process."""
+def start() -> None:
+    """Start the zygote of this process and of those it will start; it ends with this process."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(b"")  # an address of the kernel's choice, in no folder
-    listener.listen()
+    listener.listen(100)
     zygote = subprocess.Popen(
         [sys.executable, "-m", "tests.zygote", str(listener.fileno())], cwd=ROOT,
         stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True)
     _zygotes.append(zygote)  # its standard input ends with this process
-    address = listener.getsockname()
+    os.environ[ADDRESS] = listener.getsockname().hex()
     listener.close()
-    return address
 
 
 _zygotes: list[subprocess.Popen[bytes]] = []
+
+
+def _address() -> bytes:
+    """Where the zygote listens; a program that comes before its imports are done waits for it."""
+    if ADDRESS not in os.environ:
+        start()
+    return bytes.fromhex(os.environ[ADDRESS])
 
 
 def serve(listener: socket.socket) -> None:
@@ -114,7 +126,7 @@ def keep(connection: socket.socket) -> NoReturn:
 
 
 def become(command: list[str], environment: dict[str, str], streams: list[int]) -> NoReturn:
-    """Be the interpreter that runs COMMAND: a file or -m MODULE, and its arguments."""
+    """Be the interpreter that runs COMMAND: a file, -m MODULE or -c TEXT, and its arguments."""
     os.setsid()
     for target, stream in enumerate([os.open(os.devnull, os.O_RDONLY), *streams]):
         os.dup2(stream, target)
@@ -122,12 +134,16 @@ def become(command: list[str], environment: dict[str, str], streams: list[int]) 
     os.environ.clear()
     os.environ.update(environment)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    module = command[0] == "-m"
-    sys.argv = command[1:] if module else command
+    stand_by()
+    how, named = command[0], command[0] in ("-m", "-c")
+    sys.argv = command[1:] if named else command
     status = 0
     try:
-        if module:
+        if how == "-m":
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        elif how == "-c":
+            sys.argv[0], sys.path[0] = "-c", str(ROOT)
+            exec(compile(command[1], "<string>", "exec"), sys.modules["__main__"].__dict__)  # noqa: S102
         else:
             sys.path[0] = str((ROOT / command[0]).parent)
             runpy.run_path(command[0], run_name="__main__")
@@ -140,6 +156,43 @@ def become(command: list[str], environment: dict[str, str], streams: list[int]) 
         status = 1
     threading._shutdown()  # type: ignore[attr-defined]
     leave(status)
+
+
+def stand_by() -> None:
+    """Keep a fork of this program, made before it has threads, to be its fork server if it asks.
+
+    Else the loader's would be a new interpreter with the same imports, in every rank.
+    """
+    ours, its = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        for number in STOPS:  # they are for the program, of whose group this is
+            signal.signal(number, signal.SIG_IGN)
+        text, fds, _, _ = socket.recv_fds(its, 1 << 16, 16)
+        its.close()
+        if not text:  # the program has ended, or is gone
+            os._exit(0)
+        wanted, heard, code = json.loads(text)
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+        for fd, target in zip([fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for fd in fds], wanted,
+                              strict=True):
+            os.dup2(fd, target)
+        exec(code, {})  # noqa: S102  multiprocessing's own: from ... import main; main(...)
+        os._exit(0)
+    its.close()
+    started = multiprocessing.util.spawnv_passfds
+
+    def spawnv_passfds(path: bytes, arguments: list[str], passed: list[int]) -> int:
+        if "multiprocessing.forkserver" not in arguments[-1]:
+            return started(path, arguments, passed)
+        heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        text = json.dumps([list(passed), heard, arguments[-1]])
+        socket.send_fds(ours, [text.encode()], passed)
+        return pid
+
+    multiprocessing.util.spawnv_passfds = spawnv_passfds  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
