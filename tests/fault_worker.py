@@ -3,7 +3,8 @@
     python tests/fault_worker.py CONFIG [key=value ...]      # as train.py, ranks from environment
     torchrun ... tests/fault_worker.py --runs SPEC.json      # several runs in the same processes
 
-The fault is JSON in the variable FAULT, or "fault" of a run in SPEC: {"kind", "rank", "steps"}.
+The fault is JSON in the variable FAULT, or "fault" of a run in SPEC: {"kind", "rank", "steps"};
+instead of a name, "kind" may be an object with one for each step.
 With --runs each rank leaves RUN/weights_rankN.jsonl, a digest of its fp32 weights after every
 step, and RUN/error_rankN.txt where the run raised.
 """
@@ -51,6 +52,12 @@ class Fault:
     def due(self) -> bool:
         return self.spec["rank"] in (self.rank, "all") and self.step in self.spec["steps"]
 
+    @property
+    def kind(self) -> str:
+        """What goes wrong at this step."""
+        kind = self.spec["kind"]
+        return kind if isinstance(kind, str) else kind[str(self.step)]
+
     def patched_step(self, engine: Any, step: int, *rest: Any) -> Any:
         self.step = step
         self.act()
@@ -68,9 +75,9 @@ class Fault:
 
     def act(self) -> None:
         """What goes wrong at the start of a step."""
-        kind = self.spec["kind"]
         if not self.due:
             return
+        kind = self.kind
         if kind == "hang":
             time.sleep(3600)
         elif kind == "stop":  # as a debugger or the kernel would
@@ -87,12 +94,12 @@ class Fault:
             torch.empty(1 << 50, dtype=torch.uint8)
 
     def patched_losses(self, objective: Objective, model: Any, noised: Any, bias: float) -> Any:
-        if self.due and self.spec["kind"] == "slow":
+        if self.due and self.kind == "slow":
             time.sleep(0.4)
         video, audio = self.losses(objective, model, noised, bias)
         if not self.due:
             return video, audio
-        kind = self.spec["kind"]
+        kind = self.kind
         if kind == "blind":
             raise RuntimeError("no memory to look with")
         if kind == "nan_loss":

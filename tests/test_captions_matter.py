@@ -14,14 +14,14 @@ from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from tests.launch import run
 from training.checkpoint import read_weights
 
-HELD_OUT, STEPS = 16, 20
+TRAIN, HELD_OUT, STEPS = 16, 10, 16
 
 
 @pytest.mark.slow
 def test_shuffled_captions_raise_both_losses(tmp_path):
     python = [sys.executable, "-m"]
-    run([*python, "data.playground", f"{tmp_path}/clips", "--clips", "24", "--validation",
-         str(HELD_OUT), "--seed", "77"])
+    run([*python, "data.playground", f"{tmp_path}/clips", "--clips", str(TRAIN),
+         "--validation", str(HELD_OUT), "--seed", "77"])
     run([*python, "data.prepare", f"{tmp_path}/clips/manifest.jsonl", f"{tmp_path}/shards",
          "--wan", "weights/playground/wan", "--tangoflux", "weights/playground/tangoflux",
          "--height", "64", "--width", "96", "--video-text-length", "64"])

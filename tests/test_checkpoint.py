@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch import ROOT, environment, run_ranks
+from tests.launch import run_ranks, start_ranks
 from training import tags
 from training.checkpoint import read_weights, write_weights
 from training.distributed import World
@@ -79,7 +77,7 @@ def check_losses(found: dict[str, list[list[float]]], expected: set[str]) -> Non
             assert line == pytest.approx(lines[0], rel=2e-2 if "bf16" in saved else 1e-6), saved
 
 
-@pytest.mark.faults
+@pytest.mark.faults(seconds=130)
 def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
     from tests.checkpoint_worker import ENGINES
 
@@ -117,12 +115,14 @@ def test_killed_at_any_moment_of_saving(tmp_path):
     steps = []
     for turn in range(10):
         run_dir = tmp_path / str(turn)
-        process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], cwd=ROOT,
-                                   env=environment(), stdout=subprocess.PIPE)
-        assert process.stdout and process.stdout.readline() == b"ready\n"
+        with open(tmp_path / f"{turn}.txt", "w+") as said:
+            (program,) = start_ranks(1, ["-c", code, str(run_dir)], [said, said])
+            while "ready\n" not in Path(said.name).read_text():
+                assert program.poll() is None
+                time.sleep(0.01)
         time.sleep(0.1 + 0.3 * float(torch.rand(())))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        program.kill()
+        assert program.wait() == -signal.SIGKILL
         found = find_checkpoint(run_dir, ALONE)
         if found is not None:
             assert not found.damaged

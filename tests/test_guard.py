@@ -13,7 +13,7 @@ from training.status import decide
 
 ALONE = World(0, 1, 0, 1, "alone")
 FAST = ("fp32_zero0", "bf16_zero2")
-BAD = {"nan_loss": 2, "nan_gradient": 4, "inf_loss": 5}  # kind -> its step, on rank 1 only
+BAD = {2: "nan_loss", 4: "nan_gradient", 5: "inf_loss"}  # step -> what is bad, on rank 1 only
 
 
 def drawn(step: int) -> Drawn:
@@ -114,48 +114,47 @@ def test_bad_settings_are_named(values):
         GuardConfig(**values)
 
 
-def run_engines(root, engines):
-    """Per engine: three runs of 6 steps, each with one kind of bad number on rank 1."""
-    runs = {}
-    for name in engines:
-        for kind, step in BAD.items():
-            runs[f"{name}_{kind}"] = {
-                "overrides": [f"deepspeed={root}/{name}.json", "max_steps=6", "save_every=100"],
-                "fault": {"kind": kind, "rank": 1, "steps": [step]},
-            }
-    runs["ends"] = {"overrides": ["guard.max_skips=3"],
-                    "fault": {"kind": "nan_loss", "rank": 1, "steps": list(range(5, 9))}}
-    runs["spiked"] = {"overrides": ["guard.spike=skip", "guard.spike_window=8"],
-                      "fault": {"kind": "spike", "rank": 1, "steps": [6]}}
-    start_runs(root, 2, runs)
-    return root / "runs"
+def bad_numbers(root, engines):
+    """Engine -> a run of 6 steps in which three have a bad number of each kind on rank 1."""
+    return {name: {
+        "overrides": [f"deepspeed={root}/{name}.json", "max_steps=6", "save_every=100"],
+        "fault": {"kind": BAD, "rank": 1, "steps": list(BAD)},
+    } for name in engines}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return run_engines(write_world(tmp_path_factory.mktemp("guard")), FAST)
+    root = write_world(tmp_path_factory.mktemp("guard"))
+    start_runs(root, 2, bad_numbers(root, FAST) | {
+        "ends": {"overrides": ["guard.max_skips=3"],
+                 "fault": {"kind": "nan_loss", "rank": 1, "steps": list(range(5, 9))}},
+        "spiked": {"overrides": ["guard.spike=skip", "guard.spike_window=8"],
+                   "fault": {"kind": "spike", "rank": 1, "steps": [6]}}})
+    return root / "runs"
 
 
-def check_skip(run_dir, kind, step):
-    """Skipped on both ranks at that step and at no other, told, and left out of the numbers."""
+def check_skips(run_dir):
+    """Skipped on both ranks at those steps and at no other, told, and left out of the numbers."""
     for rank in (0, 1):
         digests = [line["digest"] for line in lines(run_dir / f"weights_rank{rank}.jsonl")]
         still = [index + 1 for index in range(1, 6) if digests[index] == digests[index - 1]]
-        assert still == [step], f"{run_dir.name} rank {rank}"
-    (told,) = lines(run_dir / "skips.jsonl")
-    assert (told["step"], told["applied"], len(told["samples"])) == (step, False, 8)
-    assert told["kind"] == ("gradient not finite" if kind == "nan_gradient" else "loss not finite")
-    broken = [s for s in told["samples"] if any(isinstance(x, str) for x in s["losses"])]
-    assert {s["rank"] for s in broken} == (set() if kind == "nan_gradient" else {1})
+        assert still == list(BAD), f"{run_dir.name} rank {rank}"
+    told = lines(run_dir / "skips.jsonl")
+    assert [line["step"] for line in told] == list(BAD)
+    for line in told:
+        assert (line["applied"], len(line["samples"])) == (False, 8)
+        finite = BAD[line["step"]] == "nan_gradient"  # the loss is
+        assert line["kind"] == ("gradient" if finite else "loss") + " not finite"
+        broken = [s for s in line["samples"] if any(isinstance(x, str) for x in s["losses"])]
+        assert {s["rank"] for s in broken} == (set() if finite else {1})
     trained = [line["step"] for line in lines(run_dir / "metrics.jsonl") if "train/loss" in line]
-    assert trained == [s for s in range(1, 7) if s != step]
+    assert trained == [s for s in range(1, 7) if s not in BAD]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("name", FAST)
-def test_bad_numbers_on_one_rank_are_skipped_on_all(runs, name, kind):
-    check_skip(runs / f"{name}_{kind}", kind, BAD[kind])
+def test_bad_numbers_on_one_rank_are_skipped_on_all(runs, name):
+    check_skips(runs / name)
 
 
 @pytest.mark.slow
@@ -180,10 +179,10 @@ def test_a_spike_on_one_rank_is_kept_out_on_all(runs):
 @pytest.mark.faults
 def test_every_other_engine_skips_too(tmp_path):
     others = [name for name in ENGINES if name not in FAST]
-    runs = run_engines(write_world(tmp_path), others)
+    root = write_world(tmp_path)
+    start_runs(root, 2, bad_numbers(root, others))
     for name in others:
-        for kind, step in BAD.items():
-            check_skip(runs / f"{name}_{kind}", kind, step)
+        check_skips(root / "runs" / name)
 
 
 @pytest.mark.faults

@@ -99,7 +99,7 @@ def test_f21_with_workers_it_hangs(shards, tmp_path):
     )
     assert process.stdout and process.stdout.readline() == "reading\n"
     with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=40)
+        process.communicate(timeout=15)
     os.killpg(process.pid, signal.SIGKILL)  # its workers hold the pipe open
     process.communicate()
 

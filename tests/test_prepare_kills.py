@@ -17,7 +17,7 @@ from tests import prepare_kills, tiny
 def runs(tmp_path_factory):
     """(an undisturbed data set, one whose two workers were killed three times or more)."""
     work = tmp_path_factory.mktemp("kills")
-    calm, killed, kills = prepare_kills.run(work, kills=3, clips=120, workers=2, seed=1)
+    calm, killed, kills = prepare_kills.run(work, kills=3, clips=70, workers=2, seed=1)
     assert kills >= 3
     return calm, killed
 
@@ -27,8 +27,8 @@ def test_killed_workers_make_the_same_files(runs):
     assert prepare_kills.contents(killed) == prepare_kills.contents(calm)
     assert not killed.with_name(".killed.partial").exists()
     metadata = load_metadata(killed)
-    assert metadata.counts == {"train": 83, "validation": 20}
-    assert metadata.rejected == {"too_short": 17}
+    assert metadata.counts == {"train": 48, "validation": 12}
+    assert metadata.rejected == {"too_short": 10}
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

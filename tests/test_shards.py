@@ -1,6 +1,7 @@
 """Bad shards: every rank stops in the same step, or reads the same neighbour; never less, no hang.
 
-x {bad, missing, truncated} shard x {0, 2} workers x {1, 2} ranks x {stop, substitute}.
+Every pair of {bad, missing, truncated} shard, {0, 2} workers and {1, 2} ranks, each x {stop,
+substitute}.
 """
 
 import json
@@ -22,10 +23,10 @@ from tests.prepared import write_shards
 from tests.ranks import Job, global_batches, read_job, run_job, spoil
 
 TRAIN, HELD, STEPS = 26, 5, 12  # two epochs of 6 batches of 4
-# Workers of several ranks start a server each, which imports torch: the slow ones of the matrix.
-MATRIX = pytest.mark.parametrize("kind, workers, world", [
-    pytest.param(kind, workers, world, marks=pytest.mark.faults if workers * world == 4 else ())
-    for kind in ("bad", "missing", "truncated") for workers in (0, 2) for world in (1, 2)
+MATRIX = pytest.mark.parametrize(("kind", "workers", "world"), [
+    ("bad", 0, 1), ("missing", 0, 2), ("truncated", 0, 2), ("missing", 2, 1), ("truncated", 2, 1),
+    # Workers of several ranks start a server each, which imports torch.
+    pytest.param("bad", 2, 2, marks=pytest.mark.faults),
 ])
 
 

@@ -8,13 +8,14 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import train
 from data.schema import load_metadata, save_metadata
-from tests.launch import ROOT, records, run, run_ranks
+from tests.launch import ROOT, records, run, run_ranks, start_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from training.distributed import World
@@ -42,7 +43,8 @@ optimizer: {{lr: 1.0e-3}}
 warmup_steps: 3
 global_batch_size: {GLOBAL_BATCH}
 max_steps: {STEPS}
-validate_every: 5
+validate_every: null
+self_check: false
 save_every: 1000
 deepspeed: {root}/zero0.json
 """)
@@ -73,17 +75,18 @@ def use(world: Path, json_name: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(world) -> Path:
     """Every engine on two ranks, and one rank with accumulation, at equal global batch."""
+    judged = "validate_every=5"
     start(world, 2, {
-        "zero0": use(world, "zero0.json"),
+        "zero0": use(world, "zero0.json", judged),
         "zero1": use(world, "zero1.json"),
         "zero2": use(world, "zero2.json"),
-        "zero3": use(world, "zero3.json"),
+        "zero3": use(world, "zero3.json", judged),
         "recompute": use(world, "zero3_micro2.json", "recompute=full"),
         "t2v": use(world, "zero2.json", "task=t2v"),
         "resumed:first": use(world, "zero3.json", "max_steps=4"),
         "resumed:second": use(world, "zero3.json"),
     })
-    start(world, 1, {"alone": use(world, "zero2_micro2.json"),
+    start(world, 1, {"alone": use(world, "zero2_micro2.json", judged),
                      "alone3": use(world, "zero3.json")})
     return world / "runs"
 
@@ -186,7 +189,8 @@ def test_run_directory(runs):
 def test_alone_and_under_the_deepspeed_launcher(world):
     """The bare command, and DeepSpeed's launcher, which sets no LOCAL_WORLD_SIZE."""
     short = [f"{world}/run.yaml", "max_steps=1", f"deepspeed={world}/zero3_micro2.json"]
-    done = run([sys.executable, "train.py", *short, f"run_dir={world}/runs/bare"])
+    done = run([sys.executable, "train.py", *short, f"run_dir={world}/runs/bare",
+                "self_check=true"])
     assert "(alone), ZeRO-3" in done.stdout and "attention sdpa" in done.stdout
     assert "\nstitch self-check: deviation from the backbones video " in done.stdout
     done = run([str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "train.py",
@@ -212,7 +216,8 @@ train.leave(train.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_weights_in_each_others_place_end_the_start(world):
     run_dir = world / "runs" / "swapped"
-    command = [sys.executable, "-c", SWAPPED, f"{world}/run.yaml", f"run_dir={run_dir}"]
+    command = [sys.executable, "-c", SWAPPED, f"{world}/run.yaml", f"run_dir={run_dir}",
+               "self_check=true"]
     done = run(command, check=False)
     assert done.returncode == 78
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
@@ -263,16 +268,26 @@ def test_data_of_other_text_encoders_are_refused(world, tmp_path, capsys):
     assert "holds video text states of width 32" in capsys.readouterr().err
 
 
+LATE = """
+import os, sys, time, train
+if os.environ["LOCAL_RANK"] == "0":
+    time.sleep(5)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
 def test_the_rank_that_speaks_does_so_when_another_fails_first(world, tmp_path):
-    late = tmp_path / "late.py"
-    late.write_text("import os, sys, time\nimport train\n"
-                    "if os.environ['LOCAL_RANK'] == '0':\n    time.sleep(5)\n"
-                    "sys.exit(train.main(sys.argv[1:]))\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node=2"]  # which ends all with the first that fails
-    done = run([*torchrun, str(late), f"{world}/run.yaml", "log_every=0"], check=False)
-    assert done.returncode
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    """A launcher, as torchrun, may end all ranks with the first that fails."""
+    with open(tmp_path / "said", "w+") as said:
+        ranks = start_ranks(2, ["-c", LATE, f"{world}/run.yaml", "log_every=0"], [said] * 4)
+        while all(rank.poll() is None for rank in ranks):
+            time.sleep(0.01)
+        for rank in ranks:
+            rank.kill()
+        assert any(rank.wait() for rank in ranks)
+        lines = [line for line in Path(said.name).read_text().splitlines()
+                 if line.startswith("error: ")]
     assert len(lines) == 1 and "log_every=0 must be at least 1" in lines[0]
 
 

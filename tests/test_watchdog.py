@@ -2,14 +2,13 @@
 
 import json
 import pickle
-import subprocess
 import sys
 import time
 
 import pytest
 
 from tests.faults import Ranks, write_world
-from tests.launch import ROOT, environment
+from tests.launch import run
 from training.watchdog import WatchdogConfig
 
 SCRIPT = """
@@ -31,7 +30,7 @@ elif sys.argv[3] == "hung disk":  # reading or writing a pipe that nobody has op
 with Watchdog(WatchdogConfig(data=3, compute=60), failure) as watchdog:
     for turn in range(4):  # longer than the budget together: every turn has its own
         watchdog.enter("data")
-        time.sleep(1)
+        time.sleep(0.9)
     watchdog.enter(sys.argv[2])
     if sys.argv[3] == "peer ends":
         failure.wait_for_others = lambda: time.sleep(3)
@@ -45,15 +44,12 @@ print("left in order")
 
 
 def start(tmp_path, phase, then):
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), phase, then], cwd=ROOT,
-                          env=environment(), capture_output=True, text=True, check=False)
-    return done, time.monotonic() - began
+    return run([sys.executable, "-c", SCRIPT, str(tmp_path), phase, then], check=False)
 
 
 @pytest.mark.slow
 def test_a_phase_over_its_budget_ends_with_76_and_stacks(tmp_path):
-    done, _ = start(tmp_path, "data", "hang")
+    done = start(tmp_path, "data", "hang")
     assert done.returncode == 76
     (folder,) = (tmp_path / "failures").iterdir()
     assert "stuck_in_a_read" in (folder / "rank00000.stacks.txt").read_text()
@@ -67,7 +63,7 @@ def test_a_phase_over_its_budget_ends_with_76_and_stacks(tmp_path):
 @pytest.mark.parametrize("disk", ["full disk", "hung disk"])
 def test_it_ends_with_76_also_where_the_disk_is_what_hangs(tmp_path, disk):
     began = time.monotonic()
-    done, _ = start(tmp_path, "data", disk)
+    done = start(tmp_path, "data", disk)
     assert done.returncode == 76 and time.monotonic() - began < 40
     if disk == "full disk":
         assert "watchdog.data=3 seconds; nothing could be written of it" in done.stderr
@@ -76,13 +72,13 @@ def test_it_ends_with_76_also_where_the_disk_is_what_hangs(tmp_path, disk):
 @pytest.mark.slow
 def test_a_peer_that_ends_first_does_not_change_the_code(tmp_path):
     """The collective this rank hangs in breaks when the other rank's watchdog ends it."""
-    done, _ = start(tmp_path, "data", "peer ends")
+    done = start(tmp_path, "data", "peer ends")
     assert done.returncode == 76 and "connection closed by peer" in done.stderr, done.stderr
 
 
 @pytest.mark.faults
 def test_within_its_budgets_it_does_nothing(tmp_path):
-    done, _ = start(tmp_path, "compute", "leave")
+    done = start(tmp_path, "compute", "leave")
     assert done.returncode == 0 and "left in order" in done.stdout
     assert not (tmp_path / "failures").exists()
 

@@ -21,13 +21,14 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import LAUNCHER_WAITS, records, start_ranks
+from tests.launch import records, start_ranks
 from tests.prepared import write_shards
 from tests.tiny import write_tangoflux, write_wan
 from training.manifest import MANIFEST, read_manifest
 from training.tags import tag_of
 
 RANKS = 2
+LAUNCHER_WAITS = 8  # seconds before the ranks that do not end by themselves are killed
 SAVE_EVERY = 4
 TAGS = ("train/loss", "train/loss_video", "train/loss_audio", "train/grad_norm")
 
