@@ -14,12 +14,20 @@ from pathlib import Path
 
 import pytest
 
+from tests import zygote
 from tests.memory import released_shared_memory
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def pytest_configure(config):
+    """pytest-xdist's processes share one zygote, which imports while they collect."""
+    controller = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if controller and config.option.markexpr != "slurm":  # on Slurm all is real
+        zygote.start()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +38,15 @@ def shared_memory():
 
 
 def pytest_collection_modifyitems(items):
-    """Files that run whole processes come first, those with most of them before."""
+    """The longest first, so that no core is idle at the end; in `make test` a file stays together.
+
+    There they are the files that run whole processes, those with most of them before; in the other
+    tiers the tests whose mark says how many seconds they take.
+    """
     whole = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -whole[item.path])  # stable: files stay together
+    items.sort(key=lambda item: (-_seconds(item), -whole[item.path]))  # stable
+
+
+def _seconds(item):
+    marks = [mark for tier in ("faults", "slurm") for mark in item.iter_markers(tier)]
+    return max((mark.kwargs.get("seconds", 0) for mark in marks), default=0)

@@ -120,5 +120,6 @@ class Runs:
                 continue
         assert killed, f"no process of rank {rank} of job {job}"
 
-    def status(self, name: str) -> str:
-        return self.slurm.run(sys.executable, "-m", "tools.status", str(self.run_dir(name)))
+    def status(self, name: str | Path) -> str:
+        """What tools.status tells of a run of this object's, or of a run directory."""
+        return self.slurm.run(sys.executable, "-m", "tools.status", str(self.root / name))

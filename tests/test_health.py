@@ -14,7 +14,7 @@ def test_norms_per_part_equal_a_dense_reference(processes):
         assert f"held {name}\n" in done.stdout
 
 
-@pytest.mark.faults
+@pytest.mark.faults(seconds=90)
 def test_norms_per_part_with_the_optimiser_on_the_host():
     """DeepSpeedCPUAdam keeps its gradients elsewhere."""
     done = run_ranks(2, "tests/health_worker.py", *OFFLOADED)

@@ -136,7 +136,7 @@ def test_a_signal_to_every_process_leaves_the_loaders_workers_alive(tmp_path):
     assert "worker" not in outputs[0] + outputs[1]  # no complaint about a killed one
 
 
-@pytest.mark.faults
+@pytest.mark.faults(seconds=40)
 def test_the_end_of_the_job_stops_in_time(tmp_path):
     """First a limit that leaves room for a start and for some steps; then one that does not."""
     root = write_world(tmp_path)

@@ -5,18 +5,21 @@ options in the place of the lines marked EDIT. An undisturbed run is the referen
 a preemption, a crash or a lost node the losses must be its losses, to the last bit.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.schema import load_metadata
 from tests import prepare_kills
-from tests.launch import ROOT
+from tests.launch import ROOT, records
 from tests.slurm_cluster import Cluster, missing
 from tests.slurm_runs import SLOW, STEPS, Runs, extensions
 
@@ -40,25 +43,43 @@ def runs(slurm, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(runs):
-    """step -> loss of two nodes with one rank each that nobody disturbed."""
-    job = runs.submit("calm")
-    found = runs.slurm.wait(job, "COMPLETED", 400)
-    log = runs.slurm.log(job)
-    assert "2 ranks (srun), ZeRO-3" in log and "preflight: n2" in log, log
-    assert found["ExitCode"] == "0:0" and found["Restarts"] == "0"
-    losses = runs.steps("calm")
+def calm(runs, tmp_path_factory):
+    """Run directory and log of two nodes with one rank each that nobody disturbed.
+
+    Trained once for all processes of pytest, each of which has a cluster of its own.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with open(shared / "calm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the one that trains it has
+        path = shared / "calm.txt"
+        if not path.exists():
+            job = runs.submit("calm")
+            found = runs.slurm.wait(job, "COMPLETED", 400)
+            assert found["ExitCode"] == "0:0" and found["Restarts"] == "0"
+            path.write_text(f"{runs.run_dir('calm')}\n{runs.slurm.log(job)}")
+    run_dir, log = path.read_text().split("\n", 1)
+    return Path(run_dir), log
+
+
+@pytest.fixture(scope="module")
+def reference(calm):
+    """step -> loss of that run."""
+    losses = records(calm[0], "train/loss")
     assert sorted(losses) == list(range(1, STEPS + 1))
     return losses
 
 
-def test_submit_train_finish(runs, reference):
-    told = runs.status("calm")
+def test_submit_train_finish(runs, calm):
+    run_dir, log = calm
+    assert "2 ranks (srun), ZeRO-3" in log and "preflight: n2" in log, log
+    told = runs.status(run_dir)
     assert f"step        {STEPS} of {STEPS}, 100.0 %" in told and "state       done" in told, told
     assert f"checkpoint  step {STEPS}" in told and "whole" in told
     assert "on n[1-2], 2 ranks, ended" in told
     assert not list((ROOT / "logs").glob("calm*"))
-    logs = list(runs.run_dir("calm").glob("logs/*/rank_1.log"))
+    logs = list(run_dir.glob("logs/*/rank_1.log"))
     assert len(logs) == 1  # rank 0 is in the job's own
 
 
@@ -72,6 +93,7 @@ def losses_in_tensorboard(folder):
     return {event.step: event.value for event in events.Scalars("train/loss")}
 
 
+@pytest.mark.slurm(seconds=280)
 def test_time_limit_signal_checkpoints_and_the_same_run_goes_on(runs, slurm, reference):
     job = runs.submit("limit", "--signal=USR1@900", **SLOW)
     runs.until_step("limit", job, 3)
@@ -100,6 +122,7 @@ def test_a_time_limit_without_room_is_refused(runs, slurm):
     assert "submit with a longer --time" in slurm.log(job)
 
 
+@pytest.mark.slurm(seconds=180)
 def test_preempted_by_a_higher_partition_it_resumes(runs, slurm, reference):
     job = runs.submit("low", "--partition=low", overrides=("max_steps=15",), **SLOW)
     runs.until_step("low", job, 3)
@@ -114,6 +137,7 @@ def test_preempted_by_a_higher_partition_it_resumes(runs, slurm, reference):
     assert f"resuming at step {step}" in slurm.log(job)
 
 
+@pytest.mark.slurm(seconds=120)
 def test_scancel_saves_and_stays_cancelled(runs, slurm, reference):
     job = runs.submit("cancel", overrides=("max_steps=12",), **SLOW)
     runs.until_step("cancel", job, 2)
@@ -151,6 +175,7 @@ def test_two_nodes_with_two_ranks_each_then_one_node(runs, slurm, reference):
     assert "starts      2" in told and "n[1-2]" in told, told
 
 
+@pytest.mark.slurm(seconds=150)
 def test_a_killed_rank_ends_all_and_the_job_requeues(runs, slurm, reference):
     job = runs.submit("killed", overrides=("save_every=4", "max_steps=10"), **SLOW)
     runs.until(job, lambda: bool(runs.checkpoints("killed")))
@@ -166,6 +191,7 @@ def test_a_killed_rank_ends_all_and_the_job_requeues(runs, slurm, reference):
     assert slurm.show(job)["Restarts"] == "1"
 
 
+@pytest.mark.slurm(seconds=100)
 def test_a_crash_loop_stops(runs, slurm):
     job = runs.submit("loop", TEST_CRASH="all:1")
     found = slurm.wait(job, "FAILED", 500)
@@ -189,6 +215,7 @@ def test_a_config_that_cannot_run_ends_with_78_and_one_line(runs, slurm):
     assert "unknown key 'max_step'; did you mean 'max_steps'?" in slurm.log(job)
 
 
+@pytest.mark.slurm(seconds=100)
 def test_a_lost_node_gives_its_job_to_the_other(runs, slurm, reference):
     job = runs.submit("lost", nodes="1", tasks=2, overrides=("save_every=4", "max_steps=10"),
                       **SLOW)
