@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
     metadata = load_metadata(args.root)
     settings = dataclasses.asdict(metadata) | metadata.settings
     shown = ("fps", "frames", "height", "width", "sample_rate", "video_latent_shape",
-             "audio_latent_shape", "code", "commit")
+             "audio_latent_shape", "encoding_version", "commit")
     print("  ".join(f"{name}={settings[name]}" for name in shown if name in settings))
     print(length_agreement(metadata))
     reports = [look(args.root, metadata, split, args.samples) for split in metadata.counts]

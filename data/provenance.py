@@ -6,7 +6,6 @@ calls `check_provenance` before it reads weights, on the folders that the run na
 """
 
 import functools
-import hashlib
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,11 +26,6 @@ from model.files import (
     weight_files,
 )
 
-ROOT = Path(__file__).parents[1]
-# The code that decides what a sample is: another hash of these is another data set. (What a stored
-# column means is data.schema.FORMAT.)
-SOURCES = ("data/cut.py", "data/decode.py", "data/pictures.py", "data/sound.py", "data/streams.py",
-           "data/probe.py", "data/prepare/encoders.py", "model/encoders.py")
 # Roots that feed one model must agree on these; shapes may differ between buckets.
 FED = (
     "format", "fps", "sample_rate", "audio_hop", "video_temporal_stride", "video_spatial_stride",
@@ -171,15 +165,12 @@ _ENCODERS: dict[str, tuple[Callable[[Path], str], str]] = {  # name -> (fingerpr
 }
 
 
-@functools.cache  # what runs, also when the checkout is edited meanwhile
-def code_version() -> dict[str, str]:
-    """`code`: hash of the sources that a sample depends on; `commit`: the checkout's, if any."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update(name.encode() + (ROOT / name).read_bytes())
+@functools.cache  # of what runs, also when the checkout moves on meanwhile
+def read_commit() -> str:
+    """Short hash of this checkout's commit, for information; "" where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
-        return {"code": digest.hexdigest()[:16], "commit": ""}
-    return {"code": digest.hexdigest()[:16], "commit": done.stdout.strip()}
+        return ""
+    return done.stdout.strip()

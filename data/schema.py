@@ -22,6 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 FORMAT = 3  # raise it when a column changes its meaning
+# Raise it when the same clip, settings and encoder weights become another sample than before: other
+# pictures or sound (seeking, choice of frames, scaling, cropping, resampling, padding, rejection),
+# or another way into the encoders or out of them (value range, caption cleaning, rows of text,
+# posterior mode, rounding). Code that moves, gets faster or says something else keeps it.
+ENCODING_VERSION = 1
+# Up to commit bfb3d05 dataset.json had `code` instead, a hash of source files: this one is known.
+ENCODING_OF_CODE = {"958bcba47c48484e": 1}
 TEXT_ROWS = 32  # a batch keeps a multiple of so many rows of video text
 HASH = "xxh64"  # of every shard, in its index; checked when a process first touches it
 METADATA_FILE, TEXT_FILE, REJECTS_FILE = "dataset.json", "text.safetensors", "rejects.jsonl"
@@ -226,11 +233,20 @@ def load_metadata(root: str | Path) -> Metadata:
             )
         if values.pop("sha256", None) != _digest(values):
             raise DataError(f"{path}: differs from its own sha256; copy the data set again")
-        return _ADAPTER.validate_python(values)
+        metadata = _ADAPTER.validate_python(values)
+        return dataclasses.replace(metadata, settings=_versioned(metadata.settings))
     except DataError:
         raise
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}); copy the data set again") from error
+
+
+def _versioned(settings: dict[str, Any]) -> dict[str, Any]:
+    """`code` as `encoding_version`: 1 for a known hash; an unknown one equals no version."""
+    if "code" not in settings:
+        return settings
+    version = ENCODING_OF_CODE.get(settings["code"], f"code {settings['code']}")
+    return {"encoding_version": version} | {k: v for k, v in settings.items() if k != "code"}
 
 
 def load_text_states(root: str | Path) -> dict[str, Tensor]:

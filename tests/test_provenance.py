@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import pytest
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from data import provenance
-from data.provenance import check_provenance, code_version, encoder_fingerprints
+from data.provenance import check_provenance, encoder_fingerprints, read_commit
 from data.schema import DataError, load_metadata
 from model.files import SAMPLED
 from tests import prepared, tiny
+from tests.zygote import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def folders(tmp_path_factory):
 def metadata(tmp_path_factory, folders):
     """dataset.json of a data set that was encoded with `folders`."""
     root = prepared.write_shards(tmp_path_factory.mktemp("data"), train=1, validation=1)
-    settings = {"audio_pad_seconds": 0.0, "silence_dbfs": -60.0, "code": "abc", "manifest": "1"}
+    settings = {"audio_pad_seconds": 0.0, "silence_dbfs": -60.0, "encoding_version": 1,
+                "manifest": "1"}
     return dataclasses.replace(
         load_metadata(root), fingerprints=encoder_fingerprints(*map(str, folders)),
         settings=settings,
@@ -151,18 +153,14 @@ def test_data_without_fingerprints_are_said(folders, metadata):
     assert len(notes) == 4 and all("has no fingerprint" in note for note in notes)
 
 
-def test_code_version_is_a_hash_of_the_sources(monkeypatch, tmp_path):
-    first = code_version()
-    assert len(first["code"]) == 16 and first["commit"]
-    for name in provenance.SOURCES:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(provenance.ROOT / name, tmp_path / name)
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    code_version.cache_clear()
-    assert code_version() == first | {"commit": ""}  # a copy without git
-    (tmp_path / provenance.SOURCES[0]).write_text("# other code")
-    assert code_version()["code"] == first["code"]  # what runs does not change
-    code_version.cache_clear()
-    assert code_version()["code"] != first["code"]
-    monkeypatch.undo()
-    code_version.cache_clear()
+def test_the_commit_is_that_of_the_checkout_or_empty(monkeypatch):
+    """For information: no data set is refused because of it."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    read_commit.cache_clear()
+    assert read_commit() == done.stdout.strip()
+    monkeypatch.setenv("PATH", "")  # no git
+    assert read_commit() == done.stdout.strip()  # what runs does not change
+    read_commit.cache_clear()
+    assert read_commit() == ""
+    read_commit.cache_clear()

@@ -24,13 +24,20 @@ from typing import Any, NamedTuple
 
 from data.cut import CutSpec
 from data.manifest import Fault, read_captions, read_manifest
-from data.provenance import code_version
-from data.schema import METADATA_FILE, DataError, Metadata, load_metadata, save_metadata
+from data.provenance import read_commit
+from data.schema import (
+    ENCODING_VERSION,
+    METADATA_FILE,
+    DataError,
+    Metadata,
+    load_metadata,
+    save_metadata,
+)
 
 SHARD_BYTES = 1 << 26  # about, uncompressed
 MAX_CLIPS_PER_SHARD = 64  # what a killed worker may have to do again, and how work is shared out
 TYPICAL_TEXT_ROWS = 128  # umT5 rows of a long caption
-NAMES = ("commit", "wan", "tangoflux")  # of what `code` and the fingerprints identify
+NAMES = ("commit", "wan", "tangoflux")  # for information: other fields identify these
 OPEN_FIELDS = ("counts", "rejected", "files")  # of Metadata, known when all is done
 
 
@@ -144,7 +151,9 @@ def clip_settings(
         del settings[name]
     for name, path in {"manifest": manifest, "captions": captions}.items():
         settings[name] = None if path is None else _sha256(path)
-    return settings | {"split": split} | code_version()
+    return settings | {
+        "split": split, "encoding_version": ENCODING_VERSION, "commit": read_commit()
+    }
 
 
 def clips_per_shard(metadata: Metadata) -> int:
@@ -176,9 +185,12 @@ def refuse_change(out: Path, stored: Metadata, now: dict[str, Any]) -> None:
         if field in before and before[field] != value:
             complete = out.exists() and any(out.iterdir())
             folder = out if complete else partial_folder(out)
+            way = "use the first value"
+            if field == "encoding_version":
+                way = f"use its own commit ({stored.settings.get('commit') or 'unknown'})"
             raise DataError(
                 f"out={out}: {'not empty, made' if complete else 'begun'} with {field}="
-                f"{_short(before[field])}, now {field}={_short(value)}; use the first value, or "
+                f"{_short(before[field])}, now {field}={_short(value)}; {way}, or "
                 f"another out, or delete {folder}"
             )
 
