@@ -37,7 +37,9 @@ def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkey
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
                        cwd=tmp_path, check=True, capture_output=True)
 
-    monkeypatch.setattr(card, "ROOT", tmp_path)
+    inner = tmp_path / "training" / "metrics"  # wherever the module lies in the checkout
+    inner.mkdir(parents=True)
+    monkeypatch.setattr(card, "HERE", inner)
     assert card.describe_code(tmp_path) == {"commit": None}
     git("init")
     (tmp_path / "file.py").write_text("a = 1\n")

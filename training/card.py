@@ -21,7 +21,7 @@ import torch
 from training.distributed import World
 from training.run_dir import cut_torn_line
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent  # any folder of the checkout
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",
             "safetensors", "flash-attn", "triton")
 
@@ -72,7 +72,7 @@ def describe_code(folder: Path) -> dict[str, Any]:
     commit, patch = _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD")
     if not commit:
         return {"commit": None}
-    untracked = _git("ls-files", "--others", "--exclude-standard").split()
+    untracked = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/").split()
     code: dict[str, Any] = {"commit": commit, "dirty": bool(patch), "untracked": untracked}
     if patch:
         name = f"uncommitted-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch"
@@ -83,7 +83,7 @@ def describe_code(folder: Path) -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True,
+        return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True,
                               errors="replace", check=False).stdout
     except OSError:  # no git on this machine
         return ""
