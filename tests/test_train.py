@@ -22,7 +22,7 @@ from training.distributed import World
 from training.run_dir import CheckpointError, SaveError
 from training.run_lock import lock_run
 
-STEPS, GLOBAL_BATCH = 10, 8
+STEPS, SOME_STEPS, GLOBAL_BATCH = 10, 6, 8
 TAGS = ("train/loss_video", "train/loss_audio")
 
 
@@ -75,19 +75,19 @@ def use(world: Path, json_name: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(world) -> Path:
     """Every engine on two ranks, and one rank with accumulation, at equal global batch."""
-    judged = "validate_every=5"
+    judged, some = "validate_every=5", f"max_steps={SOME_STEPS}"
     start(world, 2, {
         "zero0": use(world, "zero0.json", judged),
-        "zero1": use(world, "zero1.json"),
-        "zero2": use(world, "zero2.json"),
+        "zero1": use(world, "zero1.json", some),
+        "zero2": use(world, "zero2.json", some),
         "zero3": use(world, "zero3.json", judged),
-        "recompute": use(world, "zero3_micro2.json", "recompute=full"),
+        "recompute": use(world, "zero3_micro2.json", "recompute=full", some),
         "t2v": use(world, "zero2.json", "task=t2v"),
         "resumed:first": use(world, "zero3.json", "max_steps=4"),
         "resumed:second": use(world, "zero3.json"),
     })
     start(world, 1, {"alone": use(world, "zero2_micro2.json", judged),
-                     "alone3": use(world, "zero3.json")})
+                     "alone3": use(world, "zero3.json", some)})
     return world / "runs"
 
 
@@ -96,8 +96,9 @@ def runs(world) -> Path:
 def test_same_losses_on_every_engine_and_world_size(runs, name):
     for tag in TAGS:
         expected, got = records(runs / "zero0", tag), records(runs / name, tag)
-        assert sorted(got) == list(range(1, STEPS + 1))
-        assert got == pytest.approx(expected, rel=2e-5)
+        steps = STEPS if name in ("zero3", "alone") else SOME_STEPS
+        assert sorted(got) == list(range(1, steps + 1))
+        assert got == pytest.approx({step: expected[step] for step in got}, rel=2e-5)
     assert len(set(expected.values())) == STEPS  # it does train
 
 
@@ -120,12 +121,14 @@ def test_losses_are_the_golden_ones(runs, tag):
 
 def drawn(run_dir: Path) -> list[dict[str, dict]]:
     """Per step: sample id -> what was drawn for it, over all ranks."""
-    steps: list[dict[str, dict]] = [{} for _ in range(STEPS)]
+    steps: list[dict[str, dict]] = []
     files = sorted(run_dir.glob("drawn_rank*.jsonl"))
     share = GLOBAL_BATCH // len(files)
     for file in files:
         for index, line in enumerate(file.read_text().splitlines()):
             entry = json.loads(line)
+            if index // share == len(steps):
+                steps.append({})
             steps[index // share][entry.pop("id")] = entry
     return steps
 
@@ -134,8 +137,8 @@ def drawn(run_dir: Path) -> list[dict[str, dict]]:
 @pytest.mark.parametrize("name", ["zero3", "recompute", "alone", "resumed"])
 def test_same_samples_t_and_noise_at_every_step(runs, name):
     expected = drawn(runs / "zero0")
-    assert all(len(step) == GLOBAL_BATCH for step in expected)
-    assert drawn(runs / name) == expected
+    assert [len(step) for step in expected] == [GLOBAL_BATCH] * STEPS
+    assert drawn(runs / name) == expected[: SOME_STEPS if name == "recompute" else STEPS]
 
 
 @pytest.mark.slow
