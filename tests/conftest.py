@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import zygote
-from tests.memory import released_shared_memory
+from tests.support import zygote
+from tests.support.memory import released_shared_memory
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -21,7 +21,7 @@ from data.playground.sound import SAMPLE_RATE
 from data.prepare import Encoders, prepare
 from data.schema import load_metadata
 from data.stored import iter_samples
-from tests.media import write_media
+from tests.support.inputs.media import write_media
 from tools.backbones.common import TANGOFLUX, WAN
 from tools.backbones.metrics import centres, onset_curve
 

@@ -18,8 +18,8 @@ from data.caption_files import appending
 from data.doctor import main as doctor
 from data.manifest import read_captions
 from model.files import read_json
-from tests import captioning
-from tests.media import noise, numbered, write_media
+from tests.support.inputs import captioning
+from tests.support.inputs.media import noise, numbered, write_media
 
 SIZE = ["--fps", "20", "--height", "56", "--width", "84", "--video-frames", "4"]
 SETTINGS = [*SIZE, "--max-new-tokens", "8", "--batch", "2", "--device", "cpu"]

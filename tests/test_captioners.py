@@ -14,8 +14,8 @@ from data.caption import read_record
 from data.captioners import AudioCaptioner, VideoCaptioner, evenly, frames_at, spread
 from data.decode import Cut, CutSpec, read_cut
 from model.files import read_json
-from tests import captioning
-from tests.media import number, numbered, write_media
+from tests.support.inputs import captioning
+from tests.support.inputs.media import number, numbered, write_media
 
 SPEC = CutSpec(
     fps=20, frames=10, height=56, width=84, sample_rate=16000, hop=160, keep_silent=True

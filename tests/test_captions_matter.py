@@ -11,7 +11,7 @@ from data.dataset import DataConfig, HeldOut
 from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
-from tests.launch import run
+from tests.support.launch import run
 from training.checkpoint import read_weights
 
 TRAIN, HELD_OUT, STEPS = 16, 10, 16

@@ -10,7 +10,7 @@ from data.card import build_card, write_card
 from data.cut import CutSpec
 from data.mux import write_clip
 from data.prepare import Encoders, prepare
-from tests import tiny
+from tests.support.models import tiny
 
 
 def sample(index: int, **more) -> dict:

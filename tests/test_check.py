@@ -9,8 +9,8 @@ import torch
 
 import train
 from experiment import RunConfig, about_run, build_plan
-from tests.faults import write_world
-from tests.launch import ROOT
+from tests.support.faults import write_world
+from tests.support.launch import ROOT
 from training.check import sources
 from training.checkpoint import write_weights
 from training.config import ConfigError, load_config

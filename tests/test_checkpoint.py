@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch import run_ranks, start_ranks
+from tests.support.launch import run_ranks, start_ranks
 from training import tags
 from training.checkpoint import read_weights, write_weights
 from training.distributed import World
@@ -25,13 +25,13 @@ from training.status import newest_step
 from training.storage import Slice, SliceReader, file_sha256, write_slices
 from training.tags import PROTECTED, Retention, complete_tags, find_checkpoint, prune
 
-WORKER = "tests/checkpoint_worker.py"
+WORKER = "tests/support/workers/checkpoint_worker.py"
 ALONE = World(0, 1, 0, 1, "alone")
 
 
 @pytest.mark.slow
 def test_faults_on_two_ranks(tmp_path):
-    done = run_ranks(2, "tests/checkpoint_faults.py", str(tmp_path))
+    done = run_ranks(2, "tests/support/workers/checkpoint_faults.py", str(tmp_path))
     for name in (
         "second writer refused",
         "fresh start",
@@ -79,7 +79,7 @@ def check_losses(found: dict[str, list[list[float]]], expected: set[str]) -> Non
 
 @pytest.mark.faults(seconds=130)
 def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
-    from tests.checkpoint_worker import ENGINES
+    from tests.support.workers.checkpoint_worker import ENGINES
 
     found: dict[str, list[list[float]]] = {}
     for ranks, *parts in ((1, "exact"), (2, "exact", "exact1"), (4, "exact", "exact1", "exact2"),

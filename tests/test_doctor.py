@@ -13,7 +13,7 @@ from data.cut import CutSpec
 from data.doctor import main, sample_bytes
 from data.mux import write_clip
 from data.schema import Metadata, columns, pack
-from tests.media import noise
+from tests.support.inputs.media import noise
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 FAST = ("--frames", "9", "--workers", "1")

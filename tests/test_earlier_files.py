@@ -18,8 +18,8 @@ from data.schema import ENCODING_VERSION, METADATA_FILE, Metadata, load_metadata
 from data.stored import iter_samples
 from data.verify import main as verify
 from model import AVFullDiT
-from tests.encoded import FIXTURES, assert_same_sample
-from tests.launch import records, run_ranks
+from tests.support.encoded import FIXTURES, assert_same_sample
+from tests.support.launch import records, run_ranks
 from tools.export import export
 from training.checkpoint import read_weights
 
@@ -131,7 +131,8 @@ def test_a_checkpoint_is_resumed_and_exported(tmp_path):
             f"run_dir={run}", f"wan={WAN}", f"tangoflux={TANGOFLUX}", f"deepspeed={engine}",
             f"data.root={tmp_path}/prepared"]}]
         (tmp_path / "spec.json").write_text(json.dumps(spec))
-        done = run_ranks(ranks, "tests/train_worker.py", str(tmp_path / "spec.json"))
+        done = run_ranks(ranks, "tests/support/workers/train_worker.py",
+                         str(tmp_path / "spec.json"))
         assert f"resuming at step {SAVED}\n" in done.stdout
         changed = [line for line in done.stdout.splitlines() if "changed since" in line]
         assert [line for line in changed if "versions." not in line] == []

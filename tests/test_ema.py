@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import checkpoint_worker as worker
+from tests.support.workers import checkpoint_worker as worker
 from tests.test_checkpoint import ALONE
 from training.config import ConfigError
 from training.distributed import shutdown, start

@@ -12,7 +12,7 @@ from model import encoder_headers
 from model.encoder_headers import check_encoders
 from model.files import FLAN_T5_HUB_ID
 from model.released import PretrainedError
-from tests import tiny
+from tests.support.models import tiny
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from model.encoders import (
     clean_text,
     nearest_frame_count,
 )
-from tests import tiny
+from tests.support.models import tiny
 
 
 @pytest.fixture(scope="module")

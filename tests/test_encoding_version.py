@@ -16,7 +16,7 @@ from data.prepare import Encoders
 from data.probe import Rejected
 from data.schema import ENCODING_VERSION, TEXT_FILE, load_metadata, load_text_states
 from data.stored import iter_samples
-from tests.encoded import CHANGED, FIXTURES, assert_close, assert_same_sample
+from tests.support.encoded import CHANGED, FIXTURES, assert_close, assert_same_sample
 
 STORED = {1: FIXTURES / "bfb3d05"}  # version -> what was stored of it
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.schema import Batch
-from tests.faults import Ranks, lines, status, write_world
+from tests.support.faults import Ranks, lines, status, write_world
 from training.distributed import World
 from training.failure import Failure, Last, is_out_of_memory
 

@@ -8,7 +8,7 @@ import pytest
 from data.decode import CutSpec, Rejected, digital_silence, read_cut
 from data.filters import build_print, find_duplicates, find_near_duplicates
 from data.probe import REASONS
-from tests.media import noise, numbered, write_media
+from tests.support.inputs.media import noise, numbered, write_media
 
 RATE = 16000
 

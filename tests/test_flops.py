@@ -15,7 +15,7 @@ from model.flops import (
     training_flops,
     training_work,
 )
-from tests.towers import CONFIG, EARLY_SINGLE, T2V, joint_inputs, video_inputs
+from tests.support.models.towers import CONFIG, EARLY_SINGLE, T2V, joint_inputs, video_inputs
 
 VARIANTS = {
     "t2av": CONFIG,

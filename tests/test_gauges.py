@@ -9,7 +9,7 @@ from model import AVFullDiT
 from model.attention import QKV
 from model.gauges import Gauges, attention_mass, rms
 from model.names import part_of
-from tests.towers import CONFIG, T2V, joint_inputs, randomise_new, video_inputs
+from tests.support.models.towers import CONFIG, T2V, joint_inputs, randomise_new, video_inputs
 
 
 def brute_force(video, stream, num_audio, masked, bias):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trees import CUT, place, reasons, run, take
+from tests.support.inputs.trees import CUT, place, reasons, run, take
 
 
 @pytest.fixture(scope="module")

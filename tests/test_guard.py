@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.faults import ENGINES, Ranks, lines, start_runs, status, write_world
+from tests.support.faults import ENGINES, Ranks, lines, start_runs, status, write_world
 from training.distributed import World
 from training.guard import BadNumbersError, Drawn, Guard, GuardConfig
 from training.status import decide

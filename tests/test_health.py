@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.checkpoint_worker import ENGINES, OFFLOADED
-from tests.launch import run_ranks
+from tests.support.launch import run_ranks
+from tests.support.workers.checkpoint_worker import ENGINES, OFFLOADED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_norms_per_part_equal_a_dense_reference(processes):
-    done = run_ranks(processes, "tests/health_worker.py")
+    done = run_ranks(processes, "tests/support/workers/health_worker.py")
     for name in ENGINES:
         assert f"held {name}\n" in done.stdout
 
@@ -17,6 +17,6 @@ def test_norms_per_part_equal_a_dense_reference(processes):
 @pytest.mark.faults(seconds=90)
 def test_norms_per_part_with_the_optimiser_on_the_host():
     """DeepSpeedCPUAdam keeps its gradients elsewhere."""
-    done = run_ranks(2, "tests/health_worker.py", *OFFLOADED)
+    done = run_ranks(2, "tests/support/workers/health_worker.py", *OFFLOADED)
     for name in OFFLOADED:
         assert f"held {name}\n" in done.stdout, done.stderr[-3000:]

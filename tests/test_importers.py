@@ -11,7 +11,16 @@ from data.decode import CutSpec, read_cut
 from data.manifest.records import write_manifest
 from data.playground.__main__ import write_clips
 from data.schema import DataError
-from tests.trees import CUT, FACTS, build_vggsound, error_of, place, reasons, run, take
+from tests.support.inputs.trees import (
+    CUT,
+    FACTS,
+    build_vggsound,
+    error_of,
+    place,
+    reasons,
+    run,
+    take,
+)
 
 
 @pytest.fixture(scope="module")

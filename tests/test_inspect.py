@@ -16,7 +16,9 @@ from data.prepare import Encoders, prepare
 from data.schema import HASH, DataError, columns, load_metadata, save_metadata
 from data.stored import iter_samples
 from data.verify import main as verify
-from tests import prepare_kills, prepared, tiny
+from tests.support.inputs import prepared
+from tests.support.kills import prepare_kills
+from tests.support.models import tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, environment
+from tests.support.launch import ROOT, environment
 
 SCRIPTS = sorted((ROOT / "launch").iterdir())
 

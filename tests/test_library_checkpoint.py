@@ -15,13 +15,14 @@ from deepspeed.runtime.checkpoint_engine.decoupled_checkpoint_engine import (
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
-from tests.launch import run_ranks
+from tests.support.launch import run_ranks
 
 
 @pytest.fixture(scope="module")
 def met(tmp_path_factory) -> str:
     """What two ranks of DeepSpeed met."""
-    return run_ranks(2, "tests/library_worker.py", str(tmp_path_factory.mktemp("library"))).stdout
+    return run_ranks(2, "tests/support/workers/library_worker.py",
+                     str(tmp_path_factory.mktemp("library"))).stdout
 
 
 @pytest.mark.slow

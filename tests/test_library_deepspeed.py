@@ -10,7 +10,7 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
-from tests.launch import run_ranks
+from tests.support.launch import run_ranks
 
 MICRO = {"train_micro_batch_size_per_gpu": 1}
 
@@ -54,7 +54,7 @@ def test_f39_outside_a_job_its_world_is_1():
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
-    run_ranks(2, "tests/library_engine_worker.py", str(folder))
+    run_ranks(2, "tests/support/workers/library_engine_worker.py", str(folder))
     return json.loads((folder / "found.json").read_text())
 
 

@@ -14,7 +14,7 @@ from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 from streaming.base.world import World
 
-from tests.launch import ROOT, environment
+from tests.support.launch import ROOT, environment
 
 SAMPLES = 64
 

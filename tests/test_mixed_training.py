@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tests.launch import records, run_ranks
-from tests.prepared import write_shards
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import records, run_ranks
+from tests.support.models.tiny import write_tangoflux, write_wan
 from tests.test_sources import LONG
-from tests.tiny import write_tangoflux, write_wan
 
 STEPS = 6
 
@@ -41,7 +41,8 @@ save_every: 1000
             spec.append({"config": str(tmp_path / "run.yaml"),
                          "overrides": [f"run_dir={tmp_path}/{name}", f"deepspeed={engine}"]})
         (tmp_path / f"spec{ranks}.json").write_text(json.dumps(spec))
-        run_ranks(ranks, "tests/train_worker.py", str(tmp_path / f"spec{ranks}.json"))
+        run_ranks(ranks, "tests/support/workers/train_worker.py",
+                  str(tmp_path / f"spec{ranks}.json"))
     for tag in ("train/loss_video", "train/loss_audio", "train/grad_norm",
                 "validation/loss_video", "validation/loss_audio"):
         expected = records(tmp_path / "alone", tag)

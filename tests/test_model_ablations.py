@@ -14,7 +14,7 @@ from model.attention import QKV, Attention
 from model.joint import AVFullAttention
 from model.names import is_new, released_name
 from model.pretrained import new_parameter_names
-from tests import towers
+from tests.support.models import towers
 from tests.test_model_oracle import LAYOUTS
 
 ROPES = ("shrink_audio", "expand_video", "vanilla")

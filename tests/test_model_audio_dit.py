@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import AudioDiTConfig, AVFullDiT
-from tests import towers
+from tests.support.models import towers
 
 
 @pytest.fixture(scope="module")

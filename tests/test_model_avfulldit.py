@@ -10,7 +10,7 @@ from model import AVFullDiT, AVFullDiTConfig
 from model.attention import QKV, Attention
 from model.joint import AVFullAttention
 from model.pretrained import new_parameter_names
-from tests import towers
+from tests.support.models import towers
 
 
 @pytest.fixture(scope="module")

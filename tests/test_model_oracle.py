@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import AVFullDiT
-from tests import towers
-from tests.oracle import Oracle
+from tests.support.models import towers
+from tests.support.models.oracle import Oracle
 
 LAYOUTS = {"full": ("native", "hybrid", "wan"), "cross": ("native", "wan")}
 COMBINATIONS = [

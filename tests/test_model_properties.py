@@ -11,7 +11,7 @@ from model import AVFullDiT
 from model.joint import Coupling
 from model.names import released_name
 from model.rope import Rope, fusion_ropes, joint_audio_rope, video_axes, video_rope
-from tests import tiny, towers
+from tests.support.models import tiny, towers
 
 CPU = torch.device("cpu")
 FEW = settings(max_examples=12, deadline=None)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model import AVFullDiT
 from model.saving import SavedModelError
-from tests import towers
+from tests.support.models import towers
 from tests.test_model_ablations import combinations
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import torch
 from model import AVFullDiT
 from model.pretrained import load_pretrained
 from model.selfcheck import StitchError, check_stitch
-from tests import tiny, towers
+from tests.support.models import tiny, towers
 
 CPU = torch.device("cpu")
 VARIANTS = [

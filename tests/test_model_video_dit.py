@@ -5,7 +5,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
 from model import AVFullDiT
-from tests import towers
+from tests.support.models import towers
 
 
 @pytest.fixture(scope="module")

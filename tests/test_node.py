@@ -14,7 +14,7 @@ from data import node
 from data.dataset import HeldOut, build_loader
 from data.schema import DataError
 from data.sources import DataConfig
-from tests.prepared import write_shards
+from tests.support.inputs.prepared import write_shards
 
 JOBS = 4
 
@@ -27,7 +27,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks"])
+    context.set_forkserver_preload(["tests.support.workers.ranks"])
     return context
 
 

@@ -7,7 +7,7 @@ from data.schema import Batch
 from model import AVFullDiT
 from model.flow import FlowConfig, add_noise, keyed_normal
 from model.objective import VALIDATION_EPOCH, Objective
-from tests import tiny, towers
+from tests.support.models import tiny, towers
 
 IDS = ["a", "b"]
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from tests.launch import ROOT, run_ranks
+from tests.support.launch import ROOT, run_ranks
 
 # DeepSpeed's kernel for the optimiser in host memory is compiled at first use, for minutes; more
 # nodes than one are needed for the other. Both are zero3.json's in everything that counts here.
@@ -37,7 +37,7 @@ def test_accumulated_and_reduced_in_fp32(tmp_path):
         shipped[f"bf16_{stage}"] = tmp_path / f"bf16_{stage}.json"
         shipped[f"bf16_{stage}"].write_text(json.dumps(values | {
             "communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}))
-    run_ranks(2, "tests/precision_worker.py", str(tmp_path / "found.json"),
+    run_ranks(2, "tests/support/workers/precision_worker.py", str(tmp_path / "found.json"),
              *(f"{name}={path}" for name, path in shipped.items()))
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found) == len(shipped) >= 10

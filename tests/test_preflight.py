@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.launch import ROOT, environment
+from tests.support.launch import ROOT, environment
 from training import node_report, preflight
 from training.distributed import World
 from training.node_report import judge, look, read_code, unfetched, unreachable

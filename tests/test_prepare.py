@@ -14,7 +14,7 @@ from data.mux import write_clip
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE, Encoders, prepare
 from data.prepare.__main__ import main
 from data.schema import DataError, load_metadata, load_text_states
-from tests import tiny
+from tests.support.models import tiny
 
 SPEC = CutSpec(frames=9, height=32, width=64, sample_rate=tiny.SAMPLE_RATE, hop=tiny.HOP)
 GEOMETRY = ["--frames", "9", "--height", "32", "--width", "64", "--video-text-length", "40"]

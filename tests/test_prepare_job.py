@@ -14,8 +14,9 @@ from data.prepare.__main__ import main, place
 from data.prepare.job import clips_per_shard
 from data.schema import DataError, load_metadata
 from data.stored import iter_samples
-from tests import prepare_kills, tiny
-from tests.media import noise, numbered, write_media
+from tests.support.inputs.media import noise, numbered, write_media
+from tests.support.kills import prepare_kills
+from tests.support.models import tiny
 
 SPEC = prepare_kills.SPEC
 

@@ -10,7 +10,8 @@ from data.prepare import merge as merging
 from data.schema import DataError, load_metadata
 from data.stored import iter_samples
 from data.verify import faults
-from tests import prepare_kills, tiny
+from tests.support.kills import prepare_kills
+from tests.support.models import tiny
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 from training.ds_config import read_ds_config
 
 PARAMETERS, GB = 5.67e9, 1e9

@@ -22,7 +22,7 @@ from model.pretrained import (
     new_parameter_names,
     read_tower_configs,
 )
-from tests import tiny, towers
+from tests.support.models import tiny, towers
 
 
 @pytest.fixture(scope="module")

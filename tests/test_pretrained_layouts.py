@@ -18,7 +18,7 @@ from model.pretrained import (
     load_pretrained,
     read_tower_configs,
 )
-from tests import tiny, towers
+from tests.support.models import tiny, towers
 
 ORIGINAL_CONFIG = {  # as in Wan-AI/Wan2.2-TI2V-5B; text_dim is left out there and is 4096
     "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": 64, "eps": 1e-06,

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from data.provenance import check_provenance, encoder_fingerprints, read_commit
 from data.schema import DataError, load_metadata
 from model.files import SAMPLED
-from tests import prepared, tiny
-from tests.zygote import ROOT
+from tests.support.inputs import prepared
+from tests.support.models import tiny
+from tests.support.zygote import ROOT
 
 
 @pytest.fixture(scope="module")

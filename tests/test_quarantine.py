@@ -10,8 +10,8 @@ from data.dataset import build_loader
 from data.schema import DataError, load_metadata, sample_fault
 from data.shards import ShardDataset
 from data.sources import DataConfig, open_streams
-from tests import prepared
-from tests.prepared import write_shards
+from tests.support.inputs import prepared
+from tests.support.inputs.prepared import write_shards
 
 BAD = "train007"
 

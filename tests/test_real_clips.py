@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, records, run
+from tests.support.launch import ROOT, records, run
 
 CLIPS = ROOT.parent / "shared" / "clips"
 WAN, TANGOFLUX = "weights/playground/wan", "weights/playground/tangoflux"

@@ -15,7 +15,7 @@ from scipy.signal import resample_poly
 
 from data.decode import CutSpec, Rejected, read_cut
 from data.manifest.records import CutRule, complete
-from tests.media import rotate_mp4
+from tests.support.inputs.media import rotate_mp4
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 pytestmark = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.faults import lines, start_runs, write_world
+from tests.support.faults import lines, start_runs, write_world
 from tools import replay
 
 

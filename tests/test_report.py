@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.schema import load_metadata
 from experiment import RunConfig
-from tests import prepared, towers
-from tests.launch import ROOT
+from tests.support.inputs import prepared
+from tests.support.launch import ROOT
+from tests.support.models import towers
 from tools import plots, report
 from training.config import ConfigError, load_config
 from training.heldout import Row, write_rows

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import records, run_ranks
-from tests.prepared import write_shards
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import records, run_ranks
+from tests.support.models.tiny import write_tangoflux, write_wan
 from training.checkpoint import read_weights
 from training.manifest import read_manifest
 
@@ -68,7 +68,7 @@ def run(world: Path, ranks: int, *runs: tuple[str, ...]) -> None:
             for name, *more in runs]
     path = world / "spec.json"
     path.write_text(json.dumps(spec))
-    run_ranks(ranks, "tests/train_worker.py", str(path))
+    run_ranks(ranks, "tests/support/workers/train_worker.py", str(path))
 
 
 def drawn(run_dir: Path) -> list[str]:

@@ -16,10 +16,10 @@ import pytest
 from data.node import SHARED_MEMORY
 from data.schema import DataError
 from data.sources import DataConfig, check_data
-from tests.launch import ROOT, environment, records, run
-from tests.prepared import write_shards
-from tests.ranks import Job, read_job
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import ROOT, environment, records, run
+from tests.support.models.tiny import write_tangoflux, write_wan
+from tests.support.workers.ranks import Job, read_job
 
 BUCKET, STEPS = "latents", 40
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",

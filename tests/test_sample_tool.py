@@ -9,7 +9,8 @@ import torch
 
 from data.schema import load_metadata
 from model import AVFullDiT
-from tests import prepared, tiny, towers
+from tests.support.inputs import prepared
+from tests.support.models import tiny, towers
 from tools import sample
 from training.checkpoint import write_weights
 

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from model import AVFullDiT
 from model.flow import FlowConfig, add_noise, shift_t
 from model.sampling import Prompts, build_scheduler, sample
-from tests import towers
+from tests.support.models import towers
 from tools.preview import Preview, _sample
 
 

@@ -19,8 +19,8 @@ from data.dataset import HeldOut, build_loader
 from data.schema import DataError
 from data.shards import ShardDataset
 from data.sources import DataConfig, open_streams
-from tests.prepared import write_shards
-from tests.ranks import Job, global_batches, read_job, run_job, spoil
+from tests.support.inputs.prepared import write_shards
+from tests.support.workers.ranks import Job, global_batches, read_job, run_job, spoil
 
 TRAIN, HELD, STEPS = 26, 5, 12  # two epochs of 6 batches of 4
 MATRIX = pytest.mark.parametrize(("kind", "workers", "world"), [

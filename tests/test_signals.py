@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.faults import Ranks, lines, start_runs, status, write_world
+from tests.support.faults import Ranks, lines, start_runs, status, write_world
 from training.signals import (
     SAFETY_SECONDS,
     STOP_FILE,

@@ -1,4 +1,4 @@
-"""launch/ on a real Slurm: two private nodes (tests/slurm_cluster.py), `make test-slurm`.
+"""launch/ on a real Slurm: two private nodes (tests/support/slurm_cluster.py), `make test-slurm`.
 
 Every job goes through launch/train.sbatch or launch/prepare.sbatch as they are, with command-line
 options in the place of the lines marked EDIT. An undisturbed run is the reference: after a signal,
@@ -18,10 +18,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.schema import load_metadata
-from tests import prepare_kills
-from tests.launch import ROOT, records
-from tests.slurm_cluster import Cluster, missing
-from tests.slurm_runs import SLOW, STEPS, Runs, extensions
+from tests.support.kills import prepare_kills
+from tests.support.launch import ROOT, records
+from tests.support.slurm_cluster import Cluster, missing
+from tests.support.slurm_runs import SLOW, STEPS, Runs, extensions
 
 pytestmark = [
     pytest.mark.slurm,

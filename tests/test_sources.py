@@ -11,9 +11,9 @@ from data.dataset import HeldOut
 from data.provenance import check_provenance
 from data.schema import DataError
 from data.sources import DataConfig, StreamConfig, check_data, needs_cache, open_streams
-from tests.prepared import LATENT, SOUND, write_shards
-from tests.ranks import Job, global_batches, run_job
-from tests.tiny import HOP, SAMPLE_RATE
+from tests.support.inputs.prepared import LATENT, SOUND, write_shards
+from tests.support.models.tiny import HOP, SAMPLE_RATE
+from tests.support.workers.ranks import Job, global_batches, run_job
 from training.config import ConfigError, parse_config
 
 LONG = {"frames": 13, "video_latent_shape": [LATENT[0], 4, *LATENT[2:]],

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.launch import ROOT, environment
+from tests.support.launch import ROOT, environment
 from training import status
 from training.status import decide, newest_step, read_status, write_status
 

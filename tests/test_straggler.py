@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.faults import lines, start_runs, write_world
+from tests.support.faults import lines, start_runs, write_world
 from training.distributed import World
 from training.straggler import Straggler
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, run
+from tests.support.launch import ROOT, run
 from tools.status import StatusError, find_run, main, read_run, report
 from training.manifest import Manifest, write_manifest
 from training.status import TIME_FORMAT, decide, write_status

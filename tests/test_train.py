@@ -15,9 +15,9 @@ import pytest
 
 import train
 from data.schema import load_metadata, save_metadata
-from tests.launch import ROOT, records, run, run_ranks, start_ranks
-from tests.prepared import write_shards
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import ROOT, records, run, run_ranks, start_ranks
+from tests.support.models.tiny import write_tangoflux, write_wan
 from training.distributed import World
 from training.run_dir import CheckpointError, SaveError
 from training.run_lock import lock_run
@@ -65,7 +65,7 @@ def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
             for name, overrides in runs.items()]
     path = world / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    run_ranks(processes, "tests/train_worker.py", str(path))
+    run_ranks(processes, "tests/support/workers/train_worker.py", str(path))
 
 
 def use(world: Path, json_name: str, *more: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training_kills import run
+from tests.support.kills.training_kills import run
 
 
 @pytest.mark.faults(seconds=80)

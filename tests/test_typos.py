@@ -6,7 +6,7 @@ import json
 import pytest
 
 import train
-from tests.faults import write_world
+from tests.support.faults import write_world
 
 # (on the command line, what the one line must say)
 OVERRIDES = [

@@ -8,7 +8,7 @@ import pytest
 from data.manifest.__main__ import hold_out_tests, main, parse
 from data.manifest.vggsound import load_subsets, parse_name
 from data.schema import DataError
-from tests.trees import FACTS, build_vggsound, reasons, run, take
+from tests.support.inputs.trees import FACTS, build_vggsound, reasons, run, take
 
 
 @pytest.fixture(scope="module")

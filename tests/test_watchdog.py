@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.faults import Ranks, write_world
-from tests.launch import run
+from tests.support.faults import Ranks, write_world
+from tests.support.launch import run
 from training.watchdog import WatchdogConfig
 
 SCRIPT = """

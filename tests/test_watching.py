@@ -22,9 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from data.schema import DataError
-from tests.launch import ROOT, environment, run, run_ranks
-from tests.prepared import write_shards
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import ROOT, environment, run, run_ranks
+from tests.support.models.tiny import write_tangoflux, write_wan
 from tools import report
 from tools.gallery import write_gallery
 from tools.watching import Bench
@@ -76,7 +76,7 @@ def start(world: Path, processes: int, runs: dict[str, list[str]]) -> None:
             for name, overrides in runs.items()]
     path = world / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    done = run_ranks(processes, "tests/train_worker.py", str(path))
+    done = run_ranks(processes, "tests/support/workers/train_worker.py", str(path))
     (world / f"said{processes}.txt").write_text(done.stdout)
 
 

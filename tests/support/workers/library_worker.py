@@ -1,6 +1,6 @@
 """What DeepSpeed's own checkpoints do, on two real ranks; run by test_library_checkpoint.py.
 
-    torchrun --nproc-per-node=2 tests/library_worker.py FOLDER
+    torchrun --nproc-per-node=2 tests/support/workers/library_worker.py FOLDER
 
 Prints `NAME: ...` for each defect that was met; one that is gone prints nothing.
 """
@@ -17,7 +17,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch import nn
 
-from tests.checkpoint_worker import ZERO3, Model
+from tests.support.workers.checkpoint_worker import ZERO3, Model
 from training.distributed import World, barrier, gather_objects, resolve_world, shutdown, start
 from training.ds_config import complete_ds_config
 from training.engine import OptimizerConfig as Optimizer

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from tests.zygote import ROOT, Program
+from tests.support.zygote import ROOT, Program
 
 TIMEOUT = 600  # seconds
 LAUNCHER_WAITS = 30  # seconds before a launcher ends the other ranks, as `srun --wait` does

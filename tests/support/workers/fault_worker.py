@@ -1,7 +1,9 @@
 """train.py with one thing going wrong on one rank: the real loop, engine, data and signals.
 
-    python tests/fault_worker.py CONFIG [key=value ...]      # as train.py, ranks from environment
-    torchrun ... tests/fault_worker.py --runs SPEC.json      # several runs in the same processes
+    # as train.py, ranks from environment
+    python tests/support/workers/fault_worker.py CONFIG [key=value ...]
+    # several runs in the same processes
+    torchrun ... tests/support/workers/fault_worker.py --runs SPEC.json
 
 The fault is JSON in the variable FAULT, or "fault" of a run in SPEC: {"kind", "rank", "steps"};
 instead of a name, "kind" may be an object with one for each step.

@@ -1,6 +1,6 @@
 """SIGKILL at random moments of one training, then the same command again, until it is done.
 
-    python -m tests.training_kills --kills 100 --steps 1200 --work /tmp/kills
+    python -m tests.support.kills.training_kills --kills 100 --steps 1200 --work /tmp/kills
 
 Two ranks under ZeRO-3 with two shapes of clips, an EMA and a loader worker each. A kill takes a
 rank, its loader worker, or everything at once; a third of them wait for a save to be under way.
@@ -21,9 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import records, start_ranks
-from tests.prepared import write_shards
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import records, start_ranks
+from tests.support.models.tiny import write_tangoflux, write_wan
 from training.manifest import MANIFEST, read_manifest
 from training.tags import tag_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.manifest.__main__ import main
-from tests.media import noise, numbered, write_media
+from tests.support.inputs.media import noise, numbered, write_media
 
 RATE = 10  # pictures a second: cheap, and times that are easy to read
 CUT = 49 / 24

@@ -9,7 +9,7 @@ from torch import nn
 
 from model import AudioDiTConfig, AVFullDiT, AVFullDiTConfig, VideoDiTConfig
 from model.names import released_name
-from tests import tiny
+from tests.support.models import tiny
 
 VIDEO = VideoDiTConfig.from_dict({
     key: value for key, value in tiny.VIDEO_DIT.items() if key not in ("cross_attn_norm", "qk_norm")

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from tests.oracle_math import (
+from tests.support.models.oracle_math import (
     attention,
     expanded,
     frequencies,

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.launch import ROOT, records
-from tests.prepared import write_shards
-from tests.slurm_cluster import Cluster
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import ROOT, records
+from tests.support.models.tiny import write_tangoflux, write_wan
+from tests.support.slurm_cluster import Cluster
 
 STEPS = 40
 SLOW = {"TEST_STEP_SECONDS": "1"}

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from tests.launch import ROOT, environment
+from tests.support.launch import ROOT, environment
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "unshare", "setpriv")
 CORES = 4  # per node, and GPUs, as Slurm counts; the machine has what it has
@@ -245,6 +245,7 @@ def _wait_for(condition, seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-if __name__ == "__main__":  # python -m tests.slurm_cluster COMMAND: a shell on a private cluster
+# python -m tests.support.slurm_cluster COMMAND: a shell on a private cluster
+if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="slurm") as place, Cluster(Path(place)) as private:
         sys.exit(subprocess.run(sys.argv[1:], env=private.environment, check=False).returncode)

@@ -27,7 +27,7 @@ from typing import IO, NoReturn
 
 from training.distributed import leave
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STOPS = (signal.SIGUSR1, signal.SIGTERM)
 ADDRESS = "AVFULLDIT_TESTS_ZYGOTE"  # a variable: the processes of pytest-xdist share one
 
@@ -74,7 +74,7 @@ def start() -> None:
     listener.bind(b"")  # an address of the kernel's choice, in no folder
     listener.listen(100)
     zygote = subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote", str(listener.fileno())], cwd=ROOT,
+        [sys.executable, "-m", "tests.support.zygote", str(listener.fileno())], cwd=ROOT,
         stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True)
     _zygotes.append(zygote)  # its standard input ends with this process
     os.environ[ADDRESS] = listener.getsockname().hex()

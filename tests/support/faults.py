@@ -1,4 +1,6 @@
-"""Tiny worlds and real ranks for the tests of what goes wrong (see tests/fault_worker.py)."""
+"""Tiny worlds and real ranks for the tests of what goes wrong (see
+tests/support/workers/fault_worker.py).
+"""
 
 import json
 import subprocess
@@ -7,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.launch import run_ranks, start_ranks
-from tests.prepared import write_shards
-from tests.tiny import write_tangoflux, write_wan
+from tests.support.inputs.prepared import write_shards
+from tests.support.launch import run_ranks, start_ranks
+from tests.support.models.tiny import write_tangoflux, write_wan
 
 FP32 = {"train_micro_batch_size_per_gpu": 4}
 BF16 = FP32 | {"bf16": {"enabled": True}}
@@ -55,7 +57,7 @@ def start_runs(root: Path, processes: int, runs: dict[str, dict[str, Any]]) -> s
             for name, run in runs.items()]
     path = root / f"spec{processes}.json"
     path.write_text(json.dumps(spec))
-    return run_ranks(processes, "tests/fault_worker.py", "--runs", str(path)).stdout
+    return run_ranks(processes, "tests/support/workers/fault_worker.py", "--runs", str(path)).stdout
 
 
 class Ranks:
@@ -68,7 +70,7 @@ class Ranks:
         self.began = time.monotonic()
         self.files = [tempfile.TemporaryFile("w+") for _ in range(processes)]
         self.programs = start_ranks(
-            processes, ["tests/fault_worker.py", *arguments],
+            processes, ["tests/support/workers/fault_worker.py", *arguments],
             [file for file in self.files for _ in ("output", "errors")],
             FAULT=json.dumps(fault or {}), **extra)
 

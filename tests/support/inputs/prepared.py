@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 
 from data.schema import HASH, TEXT_FILE, Metadata, columns, pack, save_metadata
-from tests.tiny import HOP, SAMPLE_RATE, VIDEO_VAE, WIDTH
+from tests.support.models.tiny import HOP, SAMPLE_RATE, VIDEO_VAE, WIDTH
 
 FRAMES, FPS, SIZE = 9, 24.0, 64
 LATENT = (48, 3, 4, 4)  # (C, F, h, w)

@@ -28,7 +28,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from tests.media import noise, numbered, write_media
+from tests.support.inputs.media import noise, numbered, write_media
 
 QWEN2_VL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",

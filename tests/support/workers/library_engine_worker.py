@@ -1,6 +1,6 @@
 """DeepSpeed's own behaviour where we work around it, on two ranks; run by test_library_deepspeed.
 
-    torchrun --nproc-per-node=2 tests/library_engine_worker.py FOLDER
+    torchrun --nproc-per-node=2 tests/support/workers/library_engine_worker.py FOLDER
 
 Rank 0 writes FOLDER/found.json. Nothing here goes through our code.
 """

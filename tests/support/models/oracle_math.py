@@ -1,6 +1,6 @@
 """The arithmetic of the oracle: float64, one sample, loops over heads and queries.
 
-Written from the equations; shares no code with `model/`. See tests/oracle.py.
+Written from the equations; shares no code with `model/`. See tests/support/models/oracle.py.
 """
 
 import math

@@ -97,7 +97,7 @@ def run_job(job: Job) -> list[dict[str, Any]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks"])
+    context.set_forkserver_preload(["tests.support.workers.ranks"])
     results = context.Queue()
     ranks = [context.Process(target=run_rank, args=(rank, results, job, port))
              for rank in range(job.world)]

@@ -1,6 +1,6 @@
 """Several runs of train.run in one set of processes (imports and the process group are slow).
 
-    torchrun --nproc-per-node=N tests/train_worker.py SPEC.json
+    torchrun --nproc-per-node=N tests/support/workers/train_worker.py SPEC.json
 
 SPEC is a list of {"config": path, "overrides": [...]}. Beside each run's own files it leaves
 `RUN/drawn_rankN.jsonl`: per micro-batch the sample ids and digests of t and of the noised inputs,

@@ -1,6 +1,6 @@
 """Faults of saving and resuming on two real ranks; run by test_checkpoint.py.
 
-    torchrun --nproc-per-node=2 tests/checkpoint_faults.py FOLDER
+    torchrun --nproc-per-node=2 tests/support/workers/checkpoint_faults.py FOLDER
 
 Each check prints its name when it held; an assertion ends the process.
 """
@@ -13,7 +13,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.checkpoint_worker import DECAY, build, resume, same, save, say, state, train
+from tests.support.workers.checkpoint_worker import (
+    DECAY,
+    build,
+    resume,
+    same,
+    save,
+    say,
+    state,
+    train,
+)
 from training import checkpoint, manifest, storage, tags
 from training.distributed import World, barrier, leave, resolve_world, shutdown, start
 from training.ema import EMA

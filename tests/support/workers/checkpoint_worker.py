@@ -1,6 +1,7 @@
 """Checkpoints on real ranks and engines; run by test_checkpoint.py.
 
-    torchrun --nproc-per-node=N tests/checkpoint_worker.py FOLDER PART[:ENGINE,...]...
+    torchrun --nproc-per-node=N tests/support/workers/checkpoint_worker.py FOLDER \\
+        PART[:ENGINE,...]...
 
 PART: exact, offload, or the folder that `exact` left on N ranks, exactN. Each check prints
 its name when it held; an assertion ends the process.

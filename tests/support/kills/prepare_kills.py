@@ -1,6 +1,6 @@
 """Kill -9 of encoding workers at random moments, then the same command again, until it is done.
 
-    python -m tests.prepare_kills --kills 20 --work /tmp/kills
+    python -m tests.support.kills.prepare_kills --kills 20 --work /tmp/kills
 
 prints one line per kill and the verdict; exits 0 only if the shards are those of a run that nobody
 disturbed. tests/test_prepare_kills.py does the same with three kills.
@@ -26,7 +26,7 @@ from data.mux import write_clip
 from data.prepare import Encoders, prepare
 from data.prepare.__main__ import main as prepare_main
 from data.schema import HASH
-from tests import tiny
+from tests.support.models import tiny
 
 # Workers are real processes that run the command's own main; only the imports, of a short run by
 # far the longest part, are done once, in the server that they are forked from.
@@ -124,7 +124,7 @@ def disturbed_run(
 
 
 def _start(command: list[str], workers: int) -> list[Process]:
-    PROCESSES.set_forkserver_preload(["tests.prepare_kills"])
+    PROCESSES.set_forkserver_preload(["tests.support.kills.prepare_kills"])
     started = [
         PROCESSES.Process(
             target=_work, args=([*command, "--worker", str(worker), "--workers", str(workers)],)

@@ -1,6 +1,6 @@
 """Norms per part on real engines against a dense, unsharded reference; run by test_health.py.
 
-    torchrun --nproc-per-node=N tests/health_worker.py
+    torchrun --nproc-per-node=N tests/support/workers/health_worker.py
 """
 
 import copy
@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from tests.checkpoint_worker import (
+from tests.support.workers.checkpoint_worker import (
     ENGINES,
     GLOBAL_BATCH,
     NEW,

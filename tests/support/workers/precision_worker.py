@@ -1,6 +1,7 @@
 """How exactly engines accumulate and reduce gradients, on two ranks; run by test_precision.py.
 
-    torchrun --nproc-per-node=2 tests/precision_worker.py OUT.json NAME=FILE.json ...
+    torchrun --nproc-per-node=2 tests/support/workers/precision_worker.py OUT.json NAME=FILE.json \\
+        ...
 
 Writes name -> largest relative error of the gradient of eight bf16 micro-batches on two ranks,
 against the fp32 sum of the same sixteen bf16 gradients.
