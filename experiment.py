@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from common.settings import ConfigError
 from data.provenance import check_provenance
 from data.sources import DataConfig, Opened, check_data
 from model import AVFullDiTConfig, JointConfig
@@ -16,7 +17,6 @@ from model.flow import FlowConfig
 from model.from_files import config_from_files
 from model.pretrained import check_weights
 from training.check import report_lines
-from training.config import ConfigError
 from training.distributed import World
 from training.ds_config import complete_ds_config, read_ds_config
 from training.engine import OptimizerConfig

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from common.settings import ConfigError, load_config
 from data.dataset import HeldOut, build_loader
 from data.schema import Batch, DataError
 from experiment import Plan, RunConfig, about_run, build_plan, report, report_weights
@@ -35,7 +36,6 @@ from tools.watching import Bench
 from training import engine as ds
 from training.card import write_start
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.config import ConfigError, load_config
 from training.console import budget, rank_log, summary
 from training.distributed import (
     World,

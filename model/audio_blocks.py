@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from common.strict_config import strict_config
 from model.attention import QKV, Attention
-from model.config import strict_config
 from model.layers import (
     AdaModulation,
     ExpandedLinear,

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.strict_config import strict_config
 from model.audio_blocks import AudioDiTConfig
-from model.config import strict_config
 from model.video_dit import VideoDiTConfig
 
 CHOICES = {

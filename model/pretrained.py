@@ -17,9 +17,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from common.strict_config import strict_config
 from model.audio_blocks import AudioDiTConfig
 from model.avfulldit import AVFullDiT
-from model.config import strict_config
 from model.files import tangoflux_file
 from model.joint_config import AVFullDiTConfig, JointConfig
 from model.names import is_new, released_name

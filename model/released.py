@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from model.config import strict_config
+from common.strict_config import strict_config
 from model.files import (
     WAN_HUB_ID,
     open_weights,

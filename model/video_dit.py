@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from common.strict_config import strict_config
 from model.attention import QKV, Attention
-from model.config import strict_config
 from model.layers import Embedder, FeedForward, Modulation, layer_norm, timestep_sinusoid
 from model.rope import Rope, rotate, video_rope
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import train
+from common.settings import ConfigError, load_config
 from experiment import RunConfig, about_run, build_plan
 from tests.support.faults import write_world
 from tests.support.launch import ROOT
 from training.check import sources
 from training.checkpoint import write_weights
-from training.config import ConfigError, load_config
 from training.distributed import World
 from training.ds_config import OFFERED, check_ds_config, complete_ds_config, read_ds_config
 from training.manifest import read_manifest, write_manifest

@@ -1,4 +1,4 @@
-"""training/config.py and the DeepSpeed JSON checks: every mistake is named with its fix."""
+"""common/settings.py and the DeepSpeed JSON checks: every mistake is named with its fix."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import ConfigError, load_config, parse_config, read_yaml
+from common.settings import ConfigError, load_config, parse_config, read_yaml
 from training.ds_config import (
     OFFERED,
     OWNED_BY_YAML,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from common.settings import ConfigError
 from tests.support.workers import checkpoint_worker as worker
 from tests.test_checkpoint import ALONE
-from training.config import ConfigError
 from training.distributed import shutdown, start
 from training.ema import EMA
 from training.shards import find_shards

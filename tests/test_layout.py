@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import read_yaml
+from common.settings import read_yaml
 
 ROOT = Path(__file__).parents[1]
 OURS = {"model", "data", "training", "tools", "experiment", "train"}

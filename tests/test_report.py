@@ -7,13 +7,13 @@ import re
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.settings import ConfigError, load_config
 from data.schema import load_metadata
 from experiment import RunConfig
 from tests.support.inputs import prepared
 from tests.support.launch import ROOT
 from tests.support.models import towers
 from tools import plots, report
-from training.config import ConfigError, load_config
 from training.heldout import Row, write_rows
 from training.scalars import SCALARS, described
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from common.settings import ConfigError, parse_config
 from data import sources
 from data.dataset import HeldOut
 from data.provenance import check_provenance
@@ -14,7 +15,6 @@ from data.sources import DataConfig, StreamConfig, check_data, needs_cache, open
 from tests.support.inputs.prepared import LATENT, SOUND, write_shards
 from tests.support.models.tiny import HOP, SAMPLE_RATE
 from tests.support.workers.ranks import Job, global_batches, run_job
-from training.config import ConfigError, parse_config
 
 LONG = {"frames": 13, "video_latent_shape": [LATENT[0], 4, *LATENT[2:]],
         "audio_latent_shape": [math.ceil(13 / 24 * SAMPLE_RATE / HOP), SOUND[1]]}

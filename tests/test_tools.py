@@ -2,8 +2,8 @@
 
 import pytest
 
+from common.settings import ConfigError
 from tools.sample import read_prompts
-from training.config import ConfigError
 
 
 def test_prompts(tmp_path):

@@ -339,7 +339,7 @@ def test_no_arguments_prints_the_usage(capsys):
 
 
 def test_shipped_configs_parse():
-    from training.config import load_config
+    from common.settings import load_config
 
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         config = load_config(train.RunConfig, path, [])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from common.settings import ConfigError, parse_config
 from data.dataset import build_loader
 from data.schema import DataError
 from data.sources import DataConfig, open_streams
@@ -23,7 +24,6 @@ from model.flow import FlowConfig
 from model.joint_config import JointConfig
 from model.objective import Objective
 from tools.export import load_model, read_run_file, read_setting
-from training.config import ConfigError, parse_config
 from training.guard import json_number
 from training.run_dir import CheckpointError, step_of
 from training.tags import complete_tags

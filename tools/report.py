@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+from common.settings import ConfigError
 from tools.gallery import CAPTIONS
 from tools.paired import Difference, bootstrap, differences
 from tools.plots import (
@@ -29,7 +30,6 @@ from tools.plots import (
     shared_steps,
 )
 from tools.run_tables import card_section, read_starts, summary_table, table
-from training.config import ConfigError
 from training.events import Events
 from training.heldout import repeated_ids
 from training.run_dir import read_lines

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common.settings import ConfigError, parse_config
 from data.sources import DataConfig
 from model import AVFullDiT, AVFullDiTConfig
 from model.files import one_line_errors
@@ -18,7 +19,6 @@ from model.joint_config import CHOICES
 from model.names import part_of
 from tools.export import RESTORE, read_run_file, read_setting
 from tools.plots import Curves
-from training.config import ConfigError, parse_config
 from training.engine import count_by
 from training.metrics import format_seconds
 from training.run_dir import read_lines

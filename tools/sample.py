@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.settings import ConfigError, parse_config
 from data.manifest import check_text
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from data.schema import DataError, Metadata
@@ -28,7 +29,6 @@ from model.sampling import Prompts, sample
 from tools.export import load_model, read_run_file, read_setting
 from tools.render import Decoders, write_files
 from training.checkpoint import CheckpointError
-from training.config import ConfigError, parse_config
 from training.tags import tag_of
 
 

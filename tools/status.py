@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.config import ConfigError, overlay, parse_overrides, read_yaml
+from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.manifest import MANIFEST, read_manifest, wrong_size
 from training.run_dir import CheckpointError, step_of, tags_in
 from training.status import HOPELESS, TIME_FORMAT, is_told, read_status

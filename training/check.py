@@ -1,6 +1,6 @@
 """What `python train.py CONFIG check=true` prints: every resolved value and where it comes from.
 
-The checks themselves are those of every start (training.config, training.ds_config, the files the
+The checks themselves are those of every start (common.settings, training.ds_config, the files the
 run names); this shows their result before a job is queued.
 """
 
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.config import parse_overrides, read_yaml_file
+from common.settings import parse_overrides, read_yaml_file
 from training.ds_config import FP32_GRADIENTS, QUIET, read_ds_config
 
 DERIVED = {

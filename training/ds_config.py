@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 
-from training.config import ConfigError, nearest
+from common.settings import ConfigError, nearest
 
 # Key -> type of a value, keys of a block (read from 0.19.8's constants), or DeepSpeed's own model
 # of a block. Tests fail when an upgrade reads another key, at the top or inside.

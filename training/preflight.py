@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.config import ConfigError, overlay, parse_overrides, read_yaml
+from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.distributed import World, WorldError, export_world, on_gpu, resolve_world
 from training.node_report import describe, judge, look
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from training.config import ConfigError
+from common.settings import ConfigError
 from training.distributed import World, broadcast_object, start_sum_over_ranks
 from training.failure import Failure, Last
 from training.guard import Drawn, Guard, GuardConfig

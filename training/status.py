@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from training.config import ConfigError, overlay, parse_overrides, read_yaml
+from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.run_dir import step_of, tags_in
 
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}

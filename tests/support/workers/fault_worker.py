@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 import train
+from common.settings import load_config
 from data.schema import DataError
 from experiment import RunConfig, build_plan
 from model.objective import Objective
 from tools import preview
-from training.config import load_config
 from training.distributed import leave, resolve_world, shutdown, start
 from training.guard import BadNumbersError
 from training.shards import find_shards

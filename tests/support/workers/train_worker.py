@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import train
+from common.settings import load_config
 from model.objective import Objective
-from training.config import load_config
 from training.distributed import leave, resolve_world, shutdown, start
 
 

@@ -1,0 +1,1 @@
+"""What every floor stands on: settings, ranks, strict dataclasses. Imports nothing of ours."""
