@@ -27,10 +27,10 @@ import torch
 import train
 from data.schema import Batch, Metadata, sample_fault
 from model import AVFullDiT, AVFullDiTConfig
-from model.audio_blocks import AudioDiTConfig
 from model.flow import FlowConfig
 from model.objective import Objective
-from model.video_dit import VideoDiTConfig
+from model.towers.audio_blocks import AudioDiTConfig
+from model.towers.video_dit import VideoDiTConfig
 from tools.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
 from training.distributed import resolve_world, shutdown, start, sum_over_ranks

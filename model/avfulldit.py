@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import ANYWHERE, Attention
-from model.audio_blocks import AudioContext
-from model.audio_dit import AudioDiT
 from model.joint import Coupling, JointBlock
 from model.joint_config import AVFullDiTConfig
-from model.rope import fusion_ropes, joint_audio_rope
 from model.saving import read_config, read_state, write_folder
-from model.video_dit import VideoContext, VideoDiT
+from model.towers.attention import ANYWHERE, Attention
+from model.towers.audio_blocks import AudioContext
+from model.towers.audio_dit import AudioDiT
+from model.towers.rope import fusion_ropes, joint_audio_rope
+from model.towers.video_dit import VideoContext, VideoDiT
 
 RECOMPUTE = ("none", "full")
 
@@ -29,7 +29,8 @@ class AVFullDiT(nn.Module):
     """The whole model.
 
     ``recompute`` "full" recomputes each block in the backward pass (a joint block as one unit);
-    ``attention`` is a name of `model.attention.KERNELS`; ``attention_kernel`` tells the choice.
+    ``attention`` is a name of `model.towers.attention.KERNELS`; ``attention_kernel`` tells the
+    choice.
     """
 
     def __init__(

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from model.attention import Attention
 from model.files import fingerprint, tangoflux_file
 from model.joint_config import AVFullDiTConfig, JointConfig
 from model.pretrained import read_tower_configs
 from model.released import wan_files
+from model.towers.attention import Attention
 
 
 class Stored(Protocol):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from model.attention import QKV
 from model.avfulldit import AVFullDiT
 from model.joint import AVFullAttention
+from model.towers.attention import QKV
 
 QUERIES = 1024  # at a time: bounds the memory of the logits
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.attention import QKV, Attention
-from model.audio_blocks import AudioContext, AudioDoubleBlock, AudioSingleBlock, NewHeads
 from model.joint_config import AVFullDiTConfig
-from model.layers import layer_norm
-from model.rope import Rope, rotate
-from model.video_dit import VideoBlock, VideoContext
+from model.towers.attention import QKV, Attention
+from model.towers.audio_blocks import AudioContext, AudioDoubleBlock, AudioSingleBlock, NewHeads
+from model.towers.layers import layer_norm
+from model.towers.rope import Rope, rotate
+from model.towers.video_dit import VideoBlock, VideoContext
 
 
 class Coupling(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.strict_config import strict_config
-from model.audio_blocks import AudioDiTConfig
-from model.video_dit import VideoDiTConfig
+from model.towers.audio_blocks import AudioDiTConfig
+from model.towers.video_dit import VideoDiTConfig
 
 CHOICES = {
     "fusion": ("full", "cross"),

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.strict_config import strict_config
-from model.audio_blocks import AudioDiTConfig
 from model.avfulldit import AVFullDiT
 from model.files import tangoflux_file
 from model.joint_config import AVFullDiTConfig, JointConfig
@@ -30,7 +29,8 @@ from model.released import (
     Released,
     wan_config,
 )
-from model.video_dit import VideoDiTConfig
+from model.towers.audio_blocks import AudioDiTConfig
+from model.towers.video_dit import VideoDiTConfig
 
 # Keys of TangoFlux's config.json that say nothing about the transformer.
 TANGOFLUX_OTHER = ("uncondition", "text_encoder_name", "vae")

@@ -22,7 +22,7 @@ from model.files import (
     tangoflux_file,
 )
 from model.names import differences, diffusers_name, first_ten, uses_original_names
-from model.video_dit import VideoDiTConfig
+from model.towers.video_dit import VideoDiTConfig
 
 # Keys of Wan's config.json whose value the video tower is written for.
 WAN_FIXED: dict[str, Any] = {

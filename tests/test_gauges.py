@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from model import AVFullDiT
-from model.attention import QKV
 from model.gauges import Gauges, attention_mass, rms
 from model.names import part_of
+from model.towers.attention import QKV
 from tests.support.models.towers import CONFIG, T2V, joint_inputs, randomise_new, video_inputs
 
 

@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
-from model.attention import QKV, Attention
 from model.joint import AVFullAttention
 from model.names import is_new, released_name
 from model.pretrained import new_parameter_names
+from model.towers.attention import QKV, Attention
 from tests.support.models import towers
 from tests.test_model_oracle import LAYOUTS
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from model.attention import (
+from model.joint import AVFullAttention
+from model.towers.attention import (
     KERNELS,
     PACKAGES,
     QKV,
@@ -21,7 +22,6 @@ from model.attention import (
     fastest,
     installed,
 )
-from model.joint import AVFullAttention
 
 CUDA = torch.device("cuda")
 CASES = [("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16),
@@ -174,7 +174,7 @@ def test_call_contract_of_the_flash_packages(stand_in, monkeypatch, kernel):
 
 @pytest.mark.parametrize("kernel", PACKAGES)
 def test_installed_packages_have_the_stand_ins_signature(kernel):
-    from model.attention import _flash_attn_func
+    from model.towers.attention import _flash_attn_func
 
     if not installed(kernel):
         pytest.skip(f"NOT RUN: the package of {kernel} is absent; only its stand-in is tested")
@@ -194,7 +194,7 @@ def blackwell(stand_in, tmp_path, monkeypatch):
     cute = tmp_path / "flash_attn" / "cute" / "__init__.py"
     cute.parent.mkdir()
     cute.write_text("import cutlass\n")
-    monkeypatch.setattr("model.attention.compute_capability", lambda device: 10)
+    monkeypatch.setattr("model.towers.attention.compute_capability", lambda device: 10)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91400)
     return tmp_path
 
@@ -237,9 +237,9 @@ def test_auto_resolves_once():
     ],
 )
 def test_auto_takes_the_fastest_available(monkeypatch, capability, cudnn, present, kernel):
-    monkeypatch.setattr("model.attention.compute_capability", lambda device: capability)
-    monkeypatch.setattr("model.attention.installed", lambda name: name in present)
-    monkeypatch.setattr("model.attention._flash_attn_func", lambda name: None)
+    monkeypatch.setattr("model.towers.attention.compute_capability", lambda device: capability)
+    monkeypatch.setattr("model.towers.attention.installed", lambda name: name in present)
+    monkeypatch.setattr("model.towers.attention._flash_attn_func", lambda name: None)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: cudnn)
     assert fastest(CUDA) == kernel
     assert Attention("auto").resolve(CUDA, torch.float32) == "sdpa"
@@ -248,14 +248,14 @@ def test_auto_takes_the_fastest_available(monkeypatch, capability, cudnn, presen
 
 @pytest.mark.parametrize("kernel", list(PACKAGES))
 def test_an_absent_kernel_says_how_to_install(monkeypatch, kernel):
-    monkeypatch.setattr("model.attention.installed", lambda name: False)
+    monkeypatch.setattr("model.towers.attention.installed", lambda name: False)
     with pytest.raises(ImportError, match="(pip install|build it from).*attention=sdpa"):
         Attention(kernel)
 
 
 @pytest.mark.parametrize("kernel", ["flash_attn", "flash_attn_3", "flash_attn_4", "cudnn"])
 def test_gpu_kernels_need_half_precision_on_a_gpu(monkeypatch, kernel):
-    monkeypatch.setattr("model.attention.installed", lambda name: True)
+    monkeypatch.setattr("model.towers.attention.installed", lambda name: True)
     with pytest.raises(ValueError, match="needs bfloat16 or float16 on a GPU"):
         Attention(kernel).resolve(torch.device("cpu"), torch.float32)
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from model import AVFullDiT, AVFullDiTConfig
-from model.attention import QKV, Attention
 from model.joint import AVFullAttention
 from model.pretrained import new_parameter_names
+from model.towers.attention import QKV, Attention
 from tests.support.models import towers
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from model.layers import DurationEmbedder, ExpandedLinear, SingleOutput, timestep_sinusoid
+from model.towers.layers import DurationEmbedder, ExpandedLinear, SingleOutput, timestep_sinusoid
 
 
 def test_expanded_columns_equal_one_wide_linear():

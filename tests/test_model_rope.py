@@ -6,7 +6,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from model import AVFullDiTConfig
-from model.rope import audio_rope, rotate, video_axes, video_rope
+from model.towers.rope import audio_rope, rotate, video_axes, video_rope
 
 CPU = torch.device("cpu")
 

@@ -37,7 +37,7 @@ def test_any_difference_is_the_sinusoid(pair, monkeypatch, t):
     )[0]
     torch.testing.assert_close(model(**inputs)[0], expected, atol=3e-5, rtol=0)
     monkeypatch.setattr(
-        "model.video_dit.timestep_sinusoid",
+        "model.towers.video_dit.timestep_sinusoid",
         lambda t, dim: get_timestep_embedding(1000 * t, dim, True, 0),
     )
     torch.testing.assert_close(model(**inputs)[0], expected, atol=2e-6, rtol=0)

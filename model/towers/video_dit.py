@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from common.strict_config import strict_config
-from model.attention import QKV, Attention
-from model.layers import Embedder, FeedForward, Modulation, layer_norm, timestep_sinusoid
-from model.rope import Rope, rotate, video_rope
+from model.towers.attention import QKV, Attention
+from model.towers.layers import Embedder, FeedForward, Modulation, layer_norm, timestep_sinusoid
+from model.towers.rope import Rope, rotate, video_rope
 
 
 @dataclass(frozen=True)

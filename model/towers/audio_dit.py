@@ -8,16 +8,21 @@ first; attention does not care).
 import torch
 from torch import nn
 
-from model.attention import Attention
-from model.audio_blocks import AudioContext, AudioDiTConfig, AudioDoubleBlock, AudioSingleBlock
-from model.layers import (
+from model.towers.attention import Attention
+from model.towers.audio_blocks import (
+    AudioContext,
+    AudioDiTConfig,
+    AudioDoubleBlock,
+    AudioSingleBlock,
+)
+from model.towers.layers import (
     AdaModulation,
     DurationEmbedder,
     Embedder,
     layer_norm,
     timestep_sinusoid,
 )
-from model.rope import audio_rope
+from model.towers.rope import audio_rope
 
 SINUSOID_DIM = 256  # fixed in diffusers' Flux classes
 

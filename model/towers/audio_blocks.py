@@ -3,7 +3,8 @@
 Every block takes the stream [audio | text] and is split at its attention: `before_attention`
 gives q, k, v; `add_attention` adds what came back; `feed` is what follows. So a joint block can put
 AVFull-Attention between the halves, or a cross-attention after them. With ``new_heads`` > 0 the
-projections get new columns and rows (Eq. 6 and 9). Called by model.audio_dit and model.joint.
+projections get new columns and rows (Eq. 6 and 9). Called by model.towers.audio_dit and
+model.joint.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from common.strict_config import strict_config
-from model.attention import QKV, Attention
-from model.layers import (
+from model.towers.attention import QKV, Attention
+from model.towers.layers import (
     AdaModulation,
     ExpandedLinear,
     FeedForward,
@@ -24,7 +25,7 @@ from model.layers import (
     gelu,
     layer_norm,
 )
-from model.rope import Rope, rotate
+from model.towers.rope import Rope, rotate
 
 MLP_RATIO = 4  # fixed in diffusers' Flux classes
 NEW_STD = 0.02  # of new weights that do not start at zero

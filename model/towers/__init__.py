@@ -1,0 +1,1 @@
+"""The two towers in the shapes of the released ones, and the layers they share."""
