@@ -14,8 +14,8 @@ from data.provenance import check_provenance
 from data.sources import DataConfig, Opened, check_data
 from model import AVFullDiTConfig, JointConfig
 from model.flow import FlowConfig
-from model.from_files import config_from_files
-from model.pretrained import check_weights
+from model.weights.from_files import config_from_files
+from model.weights.load import check_weights
 from training.check import report_lines
 from training.distributed import World
 from training.ds_config import complete_ds_config, read_ds_config
@@ -165,7 +165,7 @@ def report(config: RunConfig, plan: Plan, arguments: list[str]) -> None:
 
 def report_weights(config: RunConfig) -> int:
     """check=weights: what the downloads hold; 78 when they do not fit."""
-    from model.encoder_headers import check_encoders  # slow, and no run needs it
+    from model.weights.encoder_headers import check_encoders  # slow, and no run needs it
 
     fits, text = check_weights(config.task, config.model, config.wan, config.tangoflux)
     fit, lines = check_encoders(config.task, config.wan, config.tangoflux)

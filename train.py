@@ -27,11 +27,11 @@ from data.schema import Batch, DataError
 from experiment import Plan, RunConfig, about_run, build_plan, report, report_weights
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import peak_tflops, training_work
-from model.from_files import weight_fingerprints
-from model.names import part_of
 from model.objective import Objective
-from model.pretrained import PretrainedError, load_pretrained, new_parameter_names
-from model.selfcheck import check_stitch, describe
+from model.weights.from_files import weight_fingerprints
+from model.weights.load import PretrainedError, load_pretrained, new_parameter_names
+from model.weights.names import part_of
+from model.weights.selfcheck import check_stitch, describe
 from tools.watching import Bench
 from training import engine as ds
 from training.card import write_start

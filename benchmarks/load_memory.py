@@ -24,9 +24,9 @@ import torch.distributed as dist  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from model import AVFullDiT, AVFullDiTConfig, VideoDiTConfig  # noqa: E402
-from model.names import released_name  # noqa: E402
-from model.pretrained import load_pretrained  # noqa: E402
-from model.released import WAN_FIXED  # noqa: E402
+from model.weights.load import load_pretrained  # noqa: E402
+from model.weights.names import released_name  # noqa: E402
+from model.weights.released import WAN_FIXED  # noqa: E402
 from tests.support.workers.zero_init_worker import BF16, anonymous_mib  # noqa: E402
 from training.engine import write_parameter  # noqa: E402
 

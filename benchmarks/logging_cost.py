@@ -27,11 +27,11 @@ from benchmarks.guards import interval
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import training_work
 from model.flow import FlowConfig
-from model.names import part_of
 from model.objective import Objective
-from model.pretrained import new_parameter_names
 from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
+from model.weights.load import new_parameter_names
+from model.weights.names import part_of
 from training import engine as ds
 from training.distributed import World, shutdown, start
 from training.ds_config import complete_ds_config

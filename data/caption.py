@@ -46,7 +46,7 @@ from data.decode import Cut, CutSpec, read_cut
 from data.manifest import Fault, read_records
 from data.probe import Rejected
 from data.schema import DataError
-from model.files import one_line_errors
+from model.weights.hub import one_line_errors
 
 PROMPTS = Path(__file__).parent / "prompts"
 SOUND: dict[str, Any] = {"sample_rate": 16000, "hop": 160}  # Whisper's features: 10 ms each

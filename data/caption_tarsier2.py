@@ -25,7 +25,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from model.files import check_loaded, iter_tensors, read_json, require_file, weight_files
+from model.weights.hub import check_loaded, iter_tensors, read_json, require_file, weight_files
 
 HUB_ID = "omni-research/Tarsier2-Recap-7b"
 # Its names -> Qwen2VLForConditionalGeneration's.

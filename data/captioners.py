@@ -36,7 +36,7 @@ from data import caption_tarsier2
 from data.caption_tarsier2 import HUB_ID, load_strictly
 from data.decode import Cut
 from data.schema import DataError
-from model.files import read_json, require_file, resolve_folder, weight_files
+from model.weights.hub import read_json, require_file, resolve_folder, weight_files
 
 OMNI_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 OMNI_HUB_ID = "Qwen/Qwen2.5-Omni-7B"

@@ -28,7 +28,7 @@ from data.provenance import check_provenance
 from data.schema import DataError, Metadata, load_metadata
 from data.stored import iter_samples
 from model.encoders import AudioVAE, VideoVAE
-from model.files import one_line_errors
+from model.weights.hub import one_line_errors
 
 FLAT = 1e-4  # standard deviation below which latents say nothing
 BROKEN = ("not finite", "constant")  # what no encoder gives for a clip that can be used

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from data.schema import DataError, Metadata
-from model.files import (
+from model.weights.hub import (
     FLAN_T5_HUB_ID,
     fingerprint,
     one_line_errors,

@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from model.joint import Coupling, JointBlock
 from model.joint_config import AVFullDiTConfig
-from model.saving import read_config, read_state, write_folder
 from model.towers.attention import ANYWHERE, Attention
 from model.towers.audio_blocks import AudioContext
 from model.towers.audio_dit import AudioDiT
 from model.towers.rope import fusion_ropes, joint_audio_rope
 from model.towers.video_dit import VideoContext, VideoDiT
+from model.weights.saving import read_config, read_state, write_folder
 
 RECOMPUTE = ("none", "full")
 
@@ -142,7 +142,7 @@ class AVFullDiT(nn.Module):
         """The model that `save_pretrained` wrote, bit for bit; ``dtype`` None keeps what was saved.
 
         Never holds a second copy: the parameters become the tensors that were read. Raises
-        model.saving.SavedModelError unless folder, names and shapes are whole.
+        model.weights.saving.SavedModelError unless folder, names and shapes are whole.
         """
         with torch.device("meta"):
             model = cls(read_config(folder), recompute, attention)

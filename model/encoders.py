@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan, AutoencoderOobleck
 from torch import Tensor
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
 
-from model.files import (
+from model.weights.hub import (
     FLAN_T5_HUB_ID,
     check_loaded,
     iter_tensors,
@@ -29,7 +29,7 @@ from model.files import (
     wan_subfolder,
     weight_files,
 )
-from model.names import differences
+from model.weights.names import differences
 
 VIDEO_TEXT_LENGTH = 512  # umT5 rows that the released Wan attends to
 AUDIO_TEXT_LENGTH = 64  # hard-coded in TangoFlux

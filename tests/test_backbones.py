@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, AutoencoderOobleck, WanTransformer3DMode
 from safetensors import safe_open
 
 from model.encoders import AudioVAE, VideoVAE
-from model.files import iter_tensors, read_json, weight_files
+from model.weights.hub import iter_tensors, read_json, weight_files
 from tools.backbones import common, measure, metrics
 from tools.backbones import latents as cached
 from tools.backbones.clips import TRAIN_SEED, halve_frames, small_clip, third_rate

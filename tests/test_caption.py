@@ -17,7 +17,7 @@ from data import caption
 from data.caption_files import appending
 from data.doctor import main as doctor
 from data.manifest import read_captions
-from model.files import read_json
+from model.weights.hub import read_json
 from tests.support.inputs import captioning
 from tests.support.inputs.media import noise, numbered, write_media
 

@@ -13,7 +13,7 @@ from transformers import WhisperFeatureExtractor
 from data.caption import read_record
 from data.captioners import AudioCaptioner, VideoCaptioner, evenly, frames_at, spread
 from data.decode import Cut, CutSpec, read_cut
-from model.files import read_json
+from model.weights.hub import read_json
 from tests.support.inputs import captioning
 from tests.support.inputs.media import number, numbered, write_media
 

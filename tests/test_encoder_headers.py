@@ -1,4 +1,4 @@
-"""model/encoder_headers.py: damage to any encoder is found from its headers, absence is said."""
+"""encoder_headers.py: damage to any encoder is found from its headers, absence is said."""
 
 import json
 import shutil
@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from model import encoder_headers
-from model.encoder_headers import check_encoders
-from model.files import FLAN_T5_HUB_ID
-from model.released import PretrainedError
+from model.weights import encoder_headers
+from model.weights.encoder_headers import check_encoders
+from model.weights.hub import FLAN_T5_HUB_ID
+from model.weights.released import PretrainedError
 from tests.support.models import tiny
 
 
@@ -68,7 +68,7 @@ def as_released(folders, monkeypatch):
         assert local_files_only  # a check of what is here downloads nothing
         raise OSError("not here")
 
-    monkeypatch.setattr("model.files.snapshot_download", absent)
+    monkeypatch.setattr("model.weights.hub.snapshot_download", absent)
     return folders
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import AVFullDiT, AVFullDiTConfig
-from model.pretrained import iter_pretrained
+from model.weights.load import iter_pretrained
 from tests.test_sample_tool import call, change, copied, refused, trained  # noqa: F401
 from tools import export, sample
 from training.checkpoint import read_weights, write_weights

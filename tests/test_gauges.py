@@ -7,8 +7,8 @@ import torch
 
 from model import AVFullDiT
 from model.gauges import Gauges, attention_mass, rms
-from model.names import part_of
 from model.towers.attention import QKV
+from model.weights.names import part_of
 from tests.support.models.towers import CONFIG, T2V, joint_inputs, randomise_new, video_inputs
 
 

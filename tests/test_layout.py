@@ -14,7 +14,7 @@ SOURCES = sorted(
      *(path for part in ("model", "data", "training", "tools")
        for path in (ROOT / part).rglob("*.py"))]
 )
-ENCODERS = ("model/encoders.py", "model/encoder_headers.py")
+ENCODERS = ("model/encoders.py", "model/weights/encoder_headers.py")
 # Where a heavy library may be imported; everything else stays free of it.
 ALLOWED = {
     "deepspeed": ("train.py", "training/", "tools/export.py"),
@@ -25,10 +25,10 @@ ALLOWED = {
 
 # The model is a function of its inputs: only these read or write files.
 MODEL_FILES = (
-    "model/pretrained.py",  # released weights in and out
-    "model/files.py",  # finds, checks and reads weight files for the other two
-    "model/saving.py",  # a trained model's own folder
-    "model/encoder_headers.py",  # configs and headers of the frozen encoders
+    "model/weights/load.py",  # released weights in and out
+    "model/weights/hub.py",  # finds, checks and reads weight files for the other two
+    "model/weights/saving.py",  # a trained model's own folder
+    "model/weights/encoder_headers.py",  # configs and headers of the frozen encoders
     "model/encoders.py",  # frozen encoders load themselves from released folders
 )
 FILE_CALLS = {

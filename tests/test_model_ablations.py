@@ -11,9 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.joint import AVFullAttention
-from model.names import is_new, released_name
-from model.pretrained import new_parameter_names
 from model.towers.attention import QKV, Attention
+from model.weights.load import new_parameter_names
+from model.weights.names import is_new, released_name
 from tests.support.models import towers
 from tests.test_model_oracle import LAYOUTS
 

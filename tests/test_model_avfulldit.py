@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from model import AVFullDiT, AVFullDiTConfig
 from model.joint import AVFullAttention
-from model.pretrained import new_parameter_names
 from model.towers.attention import QKV, Attention
+from model.weights.load import new_parameter_names
 from tests.support.models import towers
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from model import AVFullDiT
 from model.joint import Coupling
-from model.names import released_name
 from model.towers.rope import Rope, fusion_ropes, joint_audio_rope, video_axes, video_rope
+from model.weights.names import released_name
 from tests.support.models import tiny, towers
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import AVFullDiT
-from model.saving import SavedModelError
+from model.weights.saving import SavedModelError
 from tests.support.models import towers
 from tests.test_model_ablations import combinations
 
@@ -82,7 +82,7 @@ def test_a_save_over_another_keeps_strangers_and_no_config_until_it_is_whole(
             raise OSError("No space left on device")
         written.append(save_file(*arguments, **more))
 
-    monkeypatch.setattr("model.saving.save_file", full_disk)
+    monkeypatch.setattr("model.weights.saving.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path, max_shard_bytes=300_000)
     assert (tmp_path / "model_ema.safetensors").read_bytes() == b"another's"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model import AVFullDiT
-from model.pretrained import load_pretrained
-from model.selfcheck import StitchError, check_stitch
+from model.weights.load import load_pretrained
+from model.weights.selfcheck import StitchError, check_stitch
 from tests.support.models import tiny, towers
 
 CPU = torch.device("cpu")

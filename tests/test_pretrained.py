@@ -12,8 +12,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from model import AVFullDiT, AVFullDiTConfig
-from model.files import open_weights
-from model.pretrained import (
+from model.weights.hub import open_weights
+from model.weights.load import (
     PretrainedError,
     export_tangoflux,
     export_wan,
@@ -138,7 +138,7 @@ def test_files_are_read_one_tensor_at_a_time(wan, tangoflux, monkeypatch):
         assert sum(tensor() is not None for tensor in earlier) <= 1
         earlier.append(weakref.ref(tensor))
 
-    monkeypatch.setattr("model.released.open_weights", open_counted)
+    monkeypatch.setattr("model.weights.released.open_weights", open_counted)
     load_pretrained(build(wan, tangoflux), wan, tangoflux, write=write)
     assert len(earlier) > 100
 

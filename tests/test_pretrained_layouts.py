@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import train
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
-from model.names import diffusers_name
-from model.pretrained import (
+from model.weights.load import (
     PretrainedError,
     check_weights,
     iter_pretrained,
     load_pretrained,
     read_tower_configs,
 )
+from model.weights.names import diffusers_name
 from tests.support.models import tiny, towers
 
 ORIGINAL_CONFIG = {  # as in Wan-AI/Wan2.2-TI2V-5B; text_dim is left out there and is 4096

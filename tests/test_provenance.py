@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from data.provenance import check_provenance, encoder_fingerprints, read_commit
 from data.schema import DataError, load_metadata
-from model.files import SAMPLED
+from model.weights.hub import SAMPLED
 from tests.support.inputs import prepared
 from tests.support.models import tiny
 from tests.support.zygote import ROOT

@@ -16,9 +16,9 @@ import torch
 
 from common.settings import ConfigError
 from model import AVFullDiT, AVFullDiTConfig
-from model.files import iter_tensors, one_line_errors, tangoflux_file
-from model.pretrained import TANGOFLUX_OTHER, PretrainedError, export_tangoflux, export_wan
-from model.released import TANGOFLUX_OTHER_TENSORS
+from model.weights.hub import iter_tensors, one_line_errors, tangoflux_file
+from model.weights.load import TANGOFLUX_OTHER, PretrainedError, export_tangoflux, export_wan
+from model.weights.released import TANGOFLUX_OTHER_TENSORS
 from training.checkpoint import CheckpointError, read_weights
 
 RUN_FILES = ("run.json", "data.json")  # what sampling needs to know beside the model

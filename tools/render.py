@@ -11,7 +11,7 @@ from data.contact_sheet import draw_contact_sheet, write_contact_sheet
 from data.mux import write_clip
 from data.schema import DataError
 from model.encoders import AudioVAE, VideoVAE
-from model.files import one_line_errors
+from model.weights.hub import one_line_errors
 
 GIF_FPS = 12.0
 

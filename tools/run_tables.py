@@ -14,9 +14,9 @@ import torch
 from common.settings import ConfigError, parse_config
 from data.sources import DataConfig
 from model import AVFullDiT, AVFullDiTConfig
-from model.files import one_line_errors
 from model.joint_config import CHOICES
-from model.names import part_of
+from model.weights.hub import one_line_errors
+from model.weights.names import part_of
 from tools.export import RESTORE, read_run_file, read_setting
 from tools.plots import Curves
 from training.engine import count_by

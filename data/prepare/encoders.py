@@ -19,7 +19,7 @@ from model.encoders import (
     VideoVAE,
     nearest_frame_count,
 )
-from model.files import one_line_errors
+from model.weights.hub import one_line_errors
 
 DIT_PATCH = 2  # the video tower's patch in height and width: latents must divide by it
 

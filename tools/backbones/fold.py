@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from scipy.linalg import hadamard
 
-from model.files import iter_tensors, weight_files
+from model.weights.hub import iter_tensors, weight_files
 from tools.backbones import common
 
 

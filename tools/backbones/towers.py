@@ -15,11 +15,11 @@ from torch import nn
 
 from model import AudioDiTConfig, AVFullDiT, AVFullDiTConfig, VideoDiTConfig
 from model.flow import FlowConfig, add_noise, flow_loss, sample_t, velocity_target
-from model.names import TANGOFLUX_NAMES, released_name
-from model.pretrained import load_pretrained
-from model.released import WAN_FIXED
 from model.towers.attention import Attention
 from model.towers.audio_dit import AudioDiT
+from model.weights.load import load_pretrained
+from model.weights.names import TANGOFLUX_NAMES, released_name
+from model.weights.released import WAN_FIXED
 from tools.backbones import common
 from tools.backbones.clips import WINDOW_FRAMES
 from tools.backbones.latents import Latents, build, encode_captions, open_latents

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from model.files import iter_tensors, weight_files
+from model.weights.hub import iter_tensors, weight_files
 from tools.backbones import common
 from tools.backbones.clips import FIRST_FRAME, WINDOW_FRAMES, open_cache
 from tools.backbones.whole_sequence import decode, encode, whole_sequence

@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioNu
 from torch import nn
 
 from model import AudioDiTConfig, AVFullDiT, AVFullDiTConfig, VideoDiTConfig
-from model.names import released_name
+from model.weights.names import released_name
 from tests.support.models import tiny
 
 VIDEO = VideoDiTConfig.from_dict({

@@ -22,10 +22,10 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from model import AVFullDiT  # noqa: E402
-from model.pretrained import export_wan, load_pretrained  # noqa: E402
 from model.towers import audio_blocks, audio_dit, video_dit  # noqa: E402
 from model.towers.layers import layer_norm, timestep_sinusoid  # noqa: E402
 from model.towers.rope import audio_rope, joint_audio_rope, rotate, video_rope  # noqa: E402
+from model.weights.load import export_wan, load_pretrained  # noqa: E402
 from tests.support.models import towers  # noqa: E402
 from training.engine import write_parameter  # noqa: E402
 

@@ -1,7 +1,7 @@
 """Finding, reading and checking released weight files: local folders or hub ids, safetensors only.
 
 Every error is one line that names what was looked for and the hub id to download. Used by
-`model.encoders` and `model.pretrained`; nothing here knows which model a tensor belongs to.
+`model.encoders` and `model.weights.load`; nothing here knows which model a tensor belongs to.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from model.names import differences, first_ten
+from model.weights.names import differences, first_ten
 
 WAN_HUB_ID = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 TANGOFLUX_HUB_ID = "declare-lab/TangoFlux"

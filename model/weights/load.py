@@ -1,8 +1,8 @@
 """Weights of the two backbones <-> ours, strictly and both ways.
 
-Where the files are and how they name things is model.released's business. Every released tensor
-has one parameter of equal shape here, so nothing is cut or padded; what we add is named `new_*`.
-Tensors are read one at a time. Called by train.py, tools and tests.
+Where the files are and how they name things is model.weights.released's business. Every released
+tensor has one parameter of equal shape here, so nothing is cut or padded; what we add is named
+`new_*`. Tensors are read one at a time. Called by train.py, tools and tests.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ from torch import nn
 
 from common.strict_config import strict_config
 from model.avfulldit import AVFullDiT
-from model.files import tangoflux_file
 from model.joint_config import AVFullDiTConfig, JointConfig
-from model.names import is_new, released_name
-from model.released import (
+from model.towers.audio_blocks import AudioDiTConfig
+from model.towers.video_dit import VideoDiTConfig
+from model.weights.hub import tangoflux_file
+from model.weights.names import is_new, released_name
+from model.weights.released import (
     TANGOFLUX_OTHER_TENSORS,
     WAN_FIXED,
     PretrainedError,
     Released,
     wan_config,
 )
-from model.towers.audio_blocks import AudioDiTConfig
-from model.towers.video_dit import VideoDiTConfig
 
 # Keys of TangoFlux's config.json that say nothing about the transformer.
 TANGOFLUX_OTHER = ("uncondition", "text_encoder_name", "vae")

@@ -17,15 +17,15 @@ from torch import nn
 
 from model.avfulldit import AVFullDiT
 from model.joint_config import AVFullDiTConfig
-from model.names import released_name
-from model.pretrained import open_released
-from model.released import PretrainedError, Released
 from model.towers.attention import Attention
 from model.towers.audio_blocks import AudioContext, AudioDoubleBlock, AudioSingleBlock
 from model.towers.audio_dit import AudioDiT
 from model.towers.layers import ExpandedOutput
 from model.towers.rope import joint_audio_rope
 from model.towers.video_dit import VideoBlock, VideoDiT
+from model.weights.load import open_released
+from model.weights.names import released_name
+from model.weights.released import PretrainedError, Released
 
 # Largest relative deviation: the same products in another order, through all layers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -2,7 +2,7 @@
 
 Needs torch and safetensors alone, so that a trained model can be used without the trainer. Tensors
 keep their dtype; what is read is bit for bit what was written. Behind AVFullDiT.save_pretrained and
-from_pretrained; the released layouts of the two backbones are model.pretrained's business.
+from_pretrained; the released layouts of the two backbones are model.weights.load's business.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.joint_config import AVFullDiTConfig
-from model.names import differences, first_ten
+from model.weights.names import differences, first_ten
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model-?????-of-?????.safetensors"
@@ -60,7 +60,7 @@ def read_config(folder: str | Path) -> AVFullDiTConfig:
     if values.pop("model_type", None) != MODEL_TYPE:
         raise SavedModelError(
             f"{folder}/{CONFIG} is not of model_type {MODEL_TYPE!r}; backbones are read by "
-            "model.pretrained.load_pretrained"
+            "model.weights.load.load_pretrained"
         )
     return AVFullDiTConfig.from_dict(values, f"{folder}/{CONFIG}:")
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from model.files import fingerprint, tangoflux_file
 from model.joint_config import AVFullDiTConfig, JointConfig
-from model.pretrained import read_tower_configs
-from model.released import wan_files
 from model.towers.attention import Attention
+from model.weights.hub import fingerprint, tangoflux_file
+from model.weights.load import read_tower_configs
+from model.weights.released import wan_files
 
 
 class Stored(Protocol):

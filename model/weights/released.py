@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from common.strict_config import strict_config
-from model.files import (
+from model.towers.video_dit import VideoDiTConfig
+from model.weights.hub import (
     WAN_HUB_ID,
     open_weights,
     read_json,
@@ -21,8 +22,7 @@ from model.files import (
     resolve_folder,
     tangoflux_file,
 )
-from model.names import differences, diffusers_name, first_ten, uses_original_names
-from model.towers.video_dit import VideoDiTConfig
+from model.weights.names import differences, diffusers_name, first_ten, uses_original_names
 
 # Keys of Wan's config.json whose value the video tower is written for.
 WAN_FIXED: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 Wan exists under two sets of names, diffusers' and its own (where `norm2` and `norm3` are swapped);
 TangoFlux under one. Every released tensor has one parameter of equal shape here; what we add is
-recognised by a name part that starts with `new_`. Called by model.pretrained and the tests.
+recognised by a name part that starts with `new_`. Called by model.weights.load and the tests.
 """
 
 import re

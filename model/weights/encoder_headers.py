@@ -1,6 +1,6 @@
 """Whether the frozen encoders that a user downloaded fit their classes, from headers alone.
 
-The other half of `check=weights` (model.pretrained looks at the towers): Wan's VAE and umT5,
+The other half of `check=weights` (model.weights.load looks at the towers): Wan's VAE and umT5,
 TangoFlux's VAE and the Flan-T5 inside its file. Modules are built without storage. An encoder that
 is absent is said, not refused: training reads shards, only prepare and sample need encoders.
 """
@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, AutoencoderOobleck
 from torch import nn
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-from model.files import (
+from model.weights.hub import (
     FLAN_T5_HUB_ID,
     one_line_errors,
     t5_folder,
@@ -24,8 +24,8 @@ from model.files import (
     wan_subfolder,
     weight_files,
 )
-from model.names import differences
-from model.released import TANGOFLUX_OTHER_TENSORS, PretrainedError
+from model.weights.names import differences
+from model.weights.released import TANGOFLUX_OTHER_TENSORS, PretrainedError
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's embedding under either name
 # config.json of FLAN_T5_HUB_ID, which the released TangoFlux folder names and does not hold.
