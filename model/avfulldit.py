@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from model.joint import Coupling, JointBlock
-from model.joint_config import AVFullDiTConfig
 from model.towers.attention import ANYWHERE, Attention
 from model.towers.audio_blocks import AudioContext
 from model.towers.audio_dit import AudioDiT
 from model.towers.rope import fusion_ropes, joint_audio_rope
 from model.towers.video_dit import VideoContext, VideoDiT
+from model.variants import AVFullDiTConfig
 from model.weights.saving import read_config, read_state, write_folder
 
 RECOMPUTE = ("none", "full")

@@ -9,11 +9,11 @@ TFLOP/s and MFU.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from model.joint_config import AVFullDiTConfig
 from model.towers.audio_blocks import MLP_RATIO, AudioDiTConfig
 from model.towers.audio_dit import SINUSOID_DIM
 from model.towers.layers import DURATION_FREQUENCIES
 from model.towers.video_dit import VideoDiTConfig
+from model.variants import AVFullDiTConfig
 
 # Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets; the first name that is
 # part of the device's own name counts.

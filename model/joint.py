@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model.joint_config import AVFullDiTConfig
 from model.towers.attention import QKV, Attention
 from model.towers.audio_blocks import AudioContext, AudioDoubleBlock, AudioSingleBlock, NewHeads
 from model.towers.layers import layer_norm
 from model.towers.rope import Rope, rotate
 from model.towers.video_dit import VideoBlock, VideoContext
+from model.variants import AVFullDiTConfig
 
 
 class Coupling(NamedTuple):

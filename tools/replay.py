@@ -21,8 +21,8 @@ from data.dataset import build_loader
 from data.schema import DataError
 from data.sources import DataConfig, open_streams
 from model.flow import FlowConfig
-from model.joint_config import JointConfig
 from model.objective import Objective
+from model.variants import JointConfig
 from tools.export import load_model, read_run_file, read_setting
 from training.guard import json_number
 from training.run_dir import CheckpointError, step_of

@@ -14,7 +14,7 @@ import torch
 from common.settings import ConfigError, parse_config
 from data.sources import DataConfig
 from model import AVFullDiT, AVFullDiTConfig
-from model.joint_config import CHOICES
+from model.variants import CHOICES
 from model.weights.hub import one_line_errors
 from model.weights.names import part_of
 from tools.export import RESTORE, read_run_file, read_setting

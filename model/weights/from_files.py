@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from model.joint_config import AVFullDiTConfig, JointConfig
 from model.towers.attention import Attention
+from model.variants import AVFullDiTConfig, JointConfig
 from model.weights.hub import fingerprint, tangoflux_file
 from model.weights.load import read_tower_configs
 from model.weights.released import wan_files

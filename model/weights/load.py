@@ -19,9 +19,9 @@ from torch import nn
 
 from common.strict_config import strict_config
 from model.avfulldit import AVFullDiT
-from model.joint_config import AVFullDiTConfig, JointConfig
 from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
+from model.variants import AVFullDiTConfig, JointConfig
 from model.weights.hub import tangoflux_file
 from model.weights.names import is_new, released_name
 from model.weights.released import (

@@ -8,7 +8,7 @@ recognised by a name part that starts with `new_`. Called by model.weights.load 
 import re
 from collections.abc import Iterable, Mapping
 
-from model.joint_config import AVFullDiTConfig
+from model.variants import AVFullDiTConfig
 
 TANGOFLUX_NAMES = {  # ours -> released, spelled as released
     "duration_embedder.frequencies.": "duration_emebdder.time_positional_embedding.0.",

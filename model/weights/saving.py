@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.joint_config import AVFullDiTConfig
+from model.variants import AVFullDiTConfig
 from model.weights.names import differences, first_ten
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from model.avfulldit import AVFullDiT
-from model.joint_config import AVFullDiTConfig
 from model.towers.attention import Attention
 from model.towers.audio_blocks import AudioContext, AudioDoubleBlock, AudioSingleBlock
 from model.towers.audio_dit import AudioDiT
 from model.towers.layers import ExpandedOutput
 from model.towers.rope import joint_audio_rope
 from model.towers.video_dit import VideoBlock, VideoDiT
+from model.variants import AVFullDiTConfig
 from model.weights.load import open_released
 from model.weights.names import released_name
 from model.weights.released import PretrainedError, Released
