@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.cut import CutSpec  # noqa: E402
-from data.decode import read_cut  # noqa: E402
+from data.clips.cut import CutSpec  # noqa: E402
+from data.clips.decode import read_cut  # noqa: E402
 from data.manifest import read_manifest  # noqa: E402
 from data.prepare import Encoders, prepare  # noqa: E402
 

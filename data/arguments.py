@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Iterable
 
-from data.cut import CutSpec
+from data.clips.cut import CutSpec
 
 
 def non_negative(text: str) -> int:

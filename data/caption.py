@@ -42,9 +42,9 @@ from data.captioners import (
     open_audio_model,
     open_video_model,
 )
-from data.decode import Cut, CutSpec, read_cut
+from data.clips.decode import Cut, CutSpec, read_cut
+from data.clips.probe import Rejected
 from data.manifest import Fault, read_records
-from data.probe import Rejected
 from data.schema import DataError
 from model.weights.hub import one_line_errors
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data.decode import CutSpec
+from data.clips.decode import CutSpec
 from data.schema import DataError
 
 KINDS = ("video", "audio")

@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from data import caption_tarsier2
 from data.caption_tarsier2 import HUB_ID, load_strictly
-from data.decode import Cut
+from data.clips.decode import Cut
 from data.schema import DataError
 from model.weights.hub import read_json, require_file, resolve_folder, weight_files
 

@@ -44,7 +44,8 @@ def build_card(
     """All numbers of the card.
 
     Args:
-        samples: manifest record | `data.decode.Facts` of every kept clip. What a record does not
+        samples: manifest record | `data.clips.decode.Facts` of every kept clip. What a record does
+        not
             say (source, class, captions) counts as "" or is left out of its histogram.
         rejects: the ledger's lines, {"id", "reason", "detail", ...}.
         fps, frames: of every cut.

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from data.arguments import add_cut_flags, amount, positive
 from data.card import build_card, write_card
-from data.decode import CutSpec, read_cut
+from data.clips.decode import CutSpec, read_cut
+from data.clips.probe import Rejected
 from data.filters import Print, build_print, find_near_duplicates
 from data.manifest import (
     check_lengths,
@@ -49,7 +50,6 @@ from data.manifest.records import (
     write_manifest,
 )
 from data.manifest.sets import list_folder
-from data.probe import Rejected
 from data.schema import DataError, Metadata, columns
 
 SETTINGS = ("fps", "frames", "height", "width", "min_source_fps", "silence_dbfs",

@@ -1,8 +1,9 @@
 """Clips that are in a data set twice: by their names' metadata, or by how they look and sound.
 
 The first of a pair stays, in the order of the manifest. The other filters judge one clip alone
-and lie where it is read: data.probe names them, data.decode applies them. Used by data.manifest
-(metadata) and data.doctor (content: encoding runs as independent workers that see a slice each).
+and lie where it is read: data.clips.probe names them, data.clips.decode applies them. Used by
+data.manifest (metadata) and data.doctor (content: encoding runs as independent workers that see a
+slice each).
 """
 
 import collections
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data.sound import mean_volume
+from data.clips.sound import mean_volume
 
 Record = dict[str, Any]
 Duplicates = Literal["exact", "overlap", "id"]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from scipy.signal import resample_poly
 
-from data.cut import CutSpec
-from data.decode import read_cut
+from data.clips.cut import CutSpec
+from data.clips.decode import read_cut
+from data.clips.mux import write_clip
 from data.inspect import decode_sample
-from data.mux import write_clip
 from data.playground import describe, make_clip, render
 from data.playground.physics import SECONDS, draw_bodies
 from data.playground.sound import SAMPLE_RATE

@@ -12,7 +12,7 @@ from transformers import WhisperFeatureExtractor
 
 from data.caption import read_record
 from data.captioners import AudioCaptioner, VideoCaptioner, evenly, frames_at, spread
-from data.decode import Cut, CutSpec, read_cut
+from data.clips.decode import Cut, CutSpec, read_cut
 from model.weights.hub import read_json
 from tests.support.inputs import captioning
 from tests.support.inputs.media import number, numbered, write_media

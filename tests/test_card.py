@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data.card import build_card, write_card
-from data.cut import CutSpec
-from data.mux import write_clip
+from data.clips.cut import CutSpec
+from data.clips.mux import write_clip
 from data.prepare import Encoders, prepare
 from tests.support.models import tiny
 

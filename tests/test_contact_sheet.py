@@ -1,10 +1,10 @@
-"""data/contact_sheet.py: the picture of a clip says what was seen and heard, and when."""
+"""data/clips/contact_sheet.py: the picture of a clip says what was seen and heard, and when."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.contact_sheet import draw_contact_sheet, spectrogram, write_contact_sheet
+from data.clips.contact_sheet import draw_contact_sheet, spectrogram, write_contact_sheet
 
 RATE = 16000
 

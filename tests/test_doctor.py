@@ -9,9 +9,9 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from data.cut import CutSpec
+from data.clips.cut import CutSpec
+from data.clips.mux import write_clip
 from data.doctor import main, sample_bytes
-from data.mux import write_clip
 from data.schema import Metadata, columns, pack
 from tests.support.inputs.media import noise
 

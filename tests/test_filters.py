@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data.decode import CutSpec, Rejected, digital_silence, read_cut
+from data.clips.decode import CutSpec, Rejected, digital_silence, read_cut
+from data.clips.probe import REASONS
 from data.filters import build_print, find_duplicates, find_near_duplicates
-from data.probe import REASONS
 from tests.support.inputs.media import noise, numbered, write_media
 
 RATE = 16000

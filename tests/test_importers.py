@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.decode import CutSpec, read_cut
+from data.clips.decode import CutSpec, read_cut
 from data.manifest.records import write_manifest
 from data.playground.__main__ import write_clips
 from data.schema import DataError

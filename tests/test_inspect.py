@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from streaming import MDSWriter
 
-from data.decode import CutSpec, read_cut
+from data.clips.decode import CutSpec, read_cut
 from data.inspect import main as inspect
 from data.prepare import Encoders, prepare
 from data.schema import HASH, DataError, columns, load_metadata, save_metadata

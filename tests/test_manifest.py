@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.clips.probe import Probe
 from data.manifest import read_captions, read_manifest, read_records
 from data.manifest.__main__ import main
 from data.manifest.records import CutRule, densest_window
 from data.manifest.splits import ALT_MERGE, hold_out, merge_alt
-from data.probe import Probe
 from data.schema import DataError
 
 CUT = 49 / 24

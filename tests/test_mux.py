@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from data.mux import write_clip
+from data.clips.mux import write_clip
 
 FPS = 24
 

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from data.cut import CutSpec
+from data.clips.cut import CutSpec
+from data.clips.mux import write_clip
 from data.index import read_index
-from data.mux import write_clip
 from data.prepare import Encoders, prepare
 from data.prepare.__main__ import main, place
 from data.prepare.job import clips_per_shard

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from data.decode import CutSpec
-from data.mux import write_clip
+from data.clips.decode import CutSpec
+from data.clips.mux import write_clip
 from tools import quickstart
 from tools.quickstart import QuickstartError, check_clip, check_losses, held_out
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy.signal import resample_poly
 
-from data.decode import CutSpec, Rejected, read_cut
+from data.clips.decode import CutSpec, Rejected, read_cut
 from data.manifest.records import CutRule, complete
 from tests.support.inputs.media import rotate_mp4
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from data.mux import write_clip
+from data.clips.mux import write_clip
 from data.playground import describe, make_clip
 from data.playground.render import COLOURS as RGB
 from tools.backbones.audio_vae import window_of

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import CutSpec, read_cut
-from data.probe import Rejected
+from data.clips.decode import CutSpec, read_cut
+from data.clips.probe import Rejected
 
 ROOT = Path("runs/quickstart")
 CONFIG = "configs/playground.yaml"

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.contact_sheet import draw_contact_sheet, write_contact_sheet
-from data.mux import write_clip
+from data.clips.contact_sheet import draw_contact_sheet, write_contact_sheet
+from data.clips.mux import write_clip
 from data.schema import DataError
 from model.encoders import AudioVAE, VideoVAE
 from model.weights.hub import one_line_errors

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cut import CutSpec
+from data.clips.cut import CutSpec
 from data.manifest.captions import CAPTIONS, check_text
 from data.schema import DataError
 

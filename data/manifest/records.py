@@ -22,10 +22,10 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from data.decode import CutSpec, choose_t0
+from data.clips.decode import CutSpec, choose_t0
+from data.clips.pictures import display_size
+from data.clips.probe import Probe, Rejected, open_media, probe
 from data.manifest.captions import check_text
-from data.pictures import display_size
-from data.probe import Probe, Rejected, open_media, probe
 from data.schema import DataError
 
 Record = dict[str, Any]

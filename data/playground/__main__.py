@@ -14,7 +14,7 @@ from multiprocessing import Pool
 from pathlib import Path
 
 from data.arguments import non_negative, positive
-from data.mux import write_clip
+from data.clips.mux import write_clip
 from data.playground import FPS, Clip, make_clip
 from data.playground.sound import SAMPLE_RATE
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from data.arguments import add_cut_flags, non_negative, positive
-from data.cut import CutSpec
+from data.clips.cut import CutSpec
 from data.manifest import check_lengths, read_captions, read_manifest
 from data.manifest.records import read_ledger
 from data.prepare.encoders import Encoders

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.cut import Cut, CutSpec, Facts
-from data.probe import Rejected
+from data.clips.cut import Cut, CutSpec, Facts
+from data.clips.probe import Rejected
 from data.provenance import encoder_fingerprints
 from data.schema import DataError, Metadata, pack
 from model.encoders import (

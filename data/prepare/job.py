@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.cut import CutSpec
+from data.clips.cut import CutSpec
 from data.manifest import Fault, read_captions, read_manifest
 from data.provenance import read_commit
 from data.schema import (

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 from tqdm import tqdm
 
-from data.cut import Cut, CutSpec
-from data.decode import read_cut
+from data.clips.cut import Cut, CutSpec
+from data.clips.decode import read_cut
+from data.clips.probe import Rejected
 from data.prepare.encoders import Encoders, build_metadata
 from data.prepare.job import (
     Group,
@@ -39,7 +40,6 @@ from data.prepare.job import (
     write_json,
 )
 from data.prepare.merge import merge
-from data.probe import Rejected
 from data.schema import HASH, METADATA_FILE, TEXT_FILE, Metadata, columns
 
 SHARDS: dict[str, Any] = {"compression": "zstd", "hashes": [HASH], "size_limit": None}

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from data.decode import CutSpec, read_cut
+from data.clips.decode import CutSpec, read_cut
 from data.playground import COLOURS, Facts, describe
 from data.playground.physics import FLOOR, GRAVITY
 from tools.backbones.clips import FPS, HEIGHT, HOP, SAMPLE_RATE, WIDTH, WINDOW_FRAMES

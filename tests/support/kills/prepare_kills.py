@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from streaming.base.hashing import get_hash
 
-from data.cut import CutSpec
-from data.mux import write_clip
+from data.clips.cut import CutSpec
+from data.clips.mux import write_clip
 from data.prepare import Encoders, prepare
 from data.prepare.__main__ import main as prepare_main
 from data.schema import HASH

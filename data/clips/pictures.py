@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
 
-from data.cut import CutSpec
-from data.probe import Probe, Rejected
-from data.streams import TOLERANCE, frames_from
+from data.clips.cut import CutSpec
+from data.clips.probe import Probe, Rejected
+from data.clips.streams import TOLERANCE, frames_from
 
 CLOSEST = 0.1  # of the picture, between two crops of one cut
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED

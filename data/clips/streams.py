@@ -1,7 +1,8 @@
 """Decoded frames of one stream from an instant on, with their presentation times.
 
-Shared by data.pictures and data.sound. Files are judged by what can be decoded: an index that
-leads astray is not believed, damage before the cut does no harm, damage inside it is an error.
+Shared by data.clips.pictures and data.clips.sound. Files are judged by what can be decoded: an
+index that leads astray is not believed, damage before the cut does no harm, damage inside it is an
+error.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 
 import av
 
-from data.probe import Probe, open_media
+from data.clips.probe import Probe, open_media
 
 TOLERANCE = 0.002  # seconds; containers round time stamps to 1 ms
 

@@ -2,7 +2,7 @@
 
 The header is not believed: a truncated file states its full duration, a streamed webm none at
 all, a variable frame rate has no single number. Every time here is in seconds from the earliest
-sample of the container (as players count), edit lists applied. Called by `data.decode`.
+sample of the container (as players count), edit lists applied. Called by `data.clips.decode`.
 """
 
 from collections.abc import Iterator

@@ -8,9 +8,9 @@ from typing import Any
 import av
 import numpy as np
 
-from data.cut import CutSpec
-from data.probe import Probe, Rejected
-from data.streams import TOLERANCE, frames_from
+from data.clips.cut import CutSpec
+from data.clips.probe import Probe, Rejected
+from data.clips.streams import TOLERANCE, frames_from
 
 PREROLL = 0.5  # seconds of sound decoded before the cut: codecs need what came before
 MARGIN = 0.05  # seconds of sound kept around the cut for the resampling filter
