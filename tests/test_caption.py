@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from data import caption
 from data.caption_files import appending
-from data.doctor import main as doctor
 from data.manifest import read_captions
+from data.manifest.doctor import main as doctor
 from model.weights.hub import read_json
 from tests.support.inputs import captioning
 from tests.support.inputs.media import noise, numbered, write_media

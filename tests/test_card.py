@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.card import build_card, write_card
 from data.clips.cut import CutSpec
 from data.clips.mux import write_clip
+from data.manifest.data_card import build_card, write_card
 from data.prepare import Encoders, prepare
 from tests.support.models import tiny
 

@@ -11,7 +11,7 @@ from streaming import MDSWriter
 
 from data.clips.cut import CutSpec
 from data.clips.mux import write_clip
-from data.doctor import main, sample_bytes
+from data.manifest.doctor import main, sample_bytes
 from data.schema import Metadata, columns, pack
 from tests.support.inputs.media import noise
 

@@ -7,7 +7,7 @@ import pytest
 
 from data.clips.decode import CutSpec, Rejected, digital_silence, read_cut
 from data.clips.probe import REASONS
-from data.filters import build_print, find_duplicates, find_near_duplicates
+from data.manifest.duplicates import build_print, find_duplicates, find_near_duplicates
 from tests.support.inputs.media import noise, numbered, write_media
 
 RATE = 16000

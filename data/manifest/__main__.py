@@ -3,7 +3,8 @@
     python -m data.manifest avsync15 ~/AVSync15 --out manifests/avsync15.jsonl --leaks keep
     python -m data.manifest landscape ~/Landscapes --out manifests/landscape.jsonl --leaks keep
     python -m data.manifest greatest_hits ~/vis-data --out manifests/greatest_hits.jsonl
-    python -m data.doctor manifests/avsync15.jsonl --out manifests/avsync15.clean.jsonl  # all three
+    # all three
+    python -m data.manifest.doctor manifests/avsync15.jsonl --out manifests/avsync15.clean.jsonl
     python -m data.manifest alt_merge manifests/{avsync15,landscape,greatest_hits}.clean.jsonl \\
         --out manifests/alt_merge.jsonl                  # so that 300 usable clips are held out
     python -m data.manifest vggsound ~/VGGSound --leaks keep --out manifests/vggsound.jsonl
@@ -21,7 +22,7 @@ test clips, so many of AV-Tight, AV-Loose and neither; the others are trained on
 106,717 of 107,648 say, or not (--official-test test). Training clips of a recording that is held
 out are a leak and go, unless alt_merge or hold_out draws the splits anew, which belongs after the
 doctor: what is held out should be usable. The cut is the centre, in The Greatest Hits and the
-playground the window with the most marks. Content is judged by data.doctor.
+playground the window with the most marks. Content is judged by data.manifest.doctor.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from data.arguments import amount, non_negative, positive
-from data.filters import find_duplicates
 from data.manifest.captions import read_captions
+from data.manifest.duplicates import find_duplicates
 from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
 from data.manifest.records import (
     CutRule,

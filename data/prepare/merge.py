@@ -16,7 +16,7 @@ from typing import Any
 
 from streaming.base.hashing import get_hash
 
-from data.card import build_card, write_card
+from data.manifest.data_card import build_card, write_card
 from data.manifest.records import read_ledger
 from data.prepare.job import Group, Job
 from data.schema import (

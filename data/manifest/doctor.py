@@ -1,8 +1,8 @@
 """What a folder or manifest will give, before any weights are loaded.
 
-    python -m data.doctor ~/clips                        # any folder: as `data.manifest folder`
-    python -m data.doctor manifests/vggsound.jsonl --frames 121 --gpus 64 --sample 2000
-    python -m data.doctor manifests/vggsound.jsonl --frames 121 --near-duplicates \\
+    python -m data.manifest.doctor ~/clips  # any folder: as `data.manifest folder`
+    python -m data.manifest.doctor manifests/vggsound.jsonl --frames 121 --gpus 64 --sample 2000
+    python -m data.manifest.doctor manifests/vggsound.jsonl --frames 121 --near-duplicates \\
         --out manifests/clean.jsonl
 
 decodes every cut in parallel processes, by the code and settings of data.prepare, and says: usable
@@ -28,10 +28,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.arguments import add_cut_flags, amount, positive
-from data.card import build_card, write_card
 from data.clips.decode import CutSpec, read_cut
 from data.clips.probe import Rejected
-from data.filters import Print, build_print, find_near_duplicates
 from data.manifest import (
     check_lengths,
     find_lacking,
@@ -39,6 +37,8 @@ from data.manifest import (
     read_manifest,
     read_records,
 )
+from data.manifest.data_card import build_card, write_card
+from data.manifest.duplicates import Print, build_print, find_near_duplicates
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -222,7 +222,8 @@ def _span(seconds: float) -> str:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "data.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "data.manifest.doctor", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a folder of clips or a manifest")
     parser.add_argument("--captions", type=Path, help="clips without both are rejected")

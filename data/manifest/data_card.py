@@ -2,7 +2,8 @@
 
 `build_card` counts, `write_card` writes data_card.json (every number), data_card.md (to be read)
 and data_card.png (its plots). Called when a prepared folder is complete, with the records of its
-samples.jsonl and its ledger of rejects, and by `python -m data.doctor` before anything is encoded.
+samples.jsonl and its ledger of rejects, and by `python -m data.manifest.doctor` before anything is
+encoded.
 """
 
 import collections

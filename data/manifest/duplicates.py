@@ -2,8 +2,8 @@
 
 The first of a pair stays, in the order of the manifest. The other filters judge one clip alone
 and lie where it is read: data.clips.probe names them, data.clips.decode applies them. Used by
-data.manifest (metadata) and data.doctor (content: encoding runs as independent workers that see a
-slice each).
+data.manifest (metadata) and data.manifest.doctor (content: encoding runs as independent workers
+that see a slice each).
 """
 
 import collections
