@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import caption
-from data.caption_files import appending
+from data.captions import __main__ as caption
+from data.captions.caption_files import appending
 from data.manifest import read_captions
 from data.manifest.doctor import main as doctor
 from model.weights.hub import read_json
@@ -114,7 +114,7 @@ def test_resumes_after_any_cut(models, manifest, tmp_path, undisturbed):
 
 def test_resumes_after_kill(models, manifest, tmp_path, undisturbed):
     out = tmp_path / "captions.jsonl"
-    command = [sys.executable, "-m", "data.caption", str(manifest), "--out", str(out)]
+    command = [sys.executable, "-m", "data.captions", str(manifest), "--out", str(out)]
     command += [*SETTINGS, "--max-new-tokens", "8", *map(str, both(models)), "--batch", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:

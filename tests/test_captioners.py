@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from data.caption import read_record
-from data.captioners import AudioCaptioner, VideoCaptioner, evenly, frames_at, spread
+from data.captions.__main__ import read_record
+from data.captions.captioners import AudioCaptioner, VideoCaptioner, evenly, frames_at, spread
 from data.clips.decode import Cut, CutSpec, read_cut
 from model.weights.hub import read_json
 from tests.support.inputs import captioning

@@ -210,7 +210,7 @@ def test_silent_clips_stay_on_request(tmp_path, encoders):
     strict = prepare(manifest, tmp_path / "strict", encoders, SPEC)
     assert strict.counts == {"train": 1} and strict.rejected == {"silent": 1, "no_audio": 1}
     spec = CutSpec(**(vars(SPEC) | {"keep_silent": True}))
-    captions = write_manifest(tmp_path / "c.jsonl", *(  # as data.caption says it: "" is no sound
+    captions = write_manifest(tmp_path / "c.jsonl", *(  # as data.captions says it: "" is no sound
         {"id": name, "video_caption": tiny.CAPTIONS[0], "audio_caption": heard}
         for name, heard in (("loud", tiny.CAPTIONS[1]), ("quiet", ""), ("mute", ""))))
     kept = prepare(manifest, tmp_path / "kept", encoders, spec, captions=captions)

@@ -1,4 +1,4 @@
-"""Captions by clip id, from a file of their own: JSONL or CSV, by hand or by `data.caption`.
+"""Captions by clip id, from a file of their own: JSONL or CSV, by hand or by `data.captions`.
 
 Lines may give one caption each; "audio_caption": "" in JSONL says that a clip has no sound. A line
 that ends in the middle (a killed writer's last) is an error that names it, as is a second,

@@ -1,6 +1,6 @@
-"""Captions for the clips of a manifest; `python -m data.caption --help`.
+"""Captions for the clips of a manifest; `python -m data.captions --help`.
 
-    python -m data.caption manifest.jsonl --out captions.jsonl \
+    python -m data.captions manifest.jsonl --out captions.jsonl \
         --video-model omni-research/Tarsier2-Recap-7b --audio-model Qwen/Qwen2.5-Omni-7B
 
 The video model sees the silent frames of the very cut (t0 to t1, at training's rate and crop), the
@@ -34,8 +34,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.caption_files import KINDS, Job, Record, appending, join, json_line, read_part
-from data.captioners import (
+from data.captions.caption_files import KINDS, Job, Record, appending, join, json_line, read_part
+from data.captions.captioners import (
     Answer,
     AudioCaptioner,
     VideoCaptioner,
@@ -198,7 +198,7 @@ def check_windows(records: list[Record]) -> list[Fault]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     lines = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(
-        "data.caption", description=lines[0],
+        "data.captions", description=lines[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add, whole = parser.add_argument, int

@@ -1,4 +1,4 @@
-"""The files of `data.caption`: one of each kind that grows, and one that joins them.
+"""The files of `data.captions`: one of each kind that grows, and one that joins them.
 
 A line is written whole or not at all as far as a reader can tell: a half-written last line, a
 killed run's, is cut off before the next one is appended.

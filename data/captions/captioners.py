@@ -1,9 +1,9 @@
 """The captioning models: one sees silent frames, the other sees frames and hears their sound.
 
-Video: Tarsier2 (`data.caption_tarsier2`), or any image-text-to-text class of transformers by its
+Video: Tarsier2 (`data.captions.tarsier2`), or any image-text-to-text class of transformers by its
 config and with its own chat template. Audio: the Thinker of Qwen2.5-Omni, the part that answers
 in text; the Talker's weights are not loaded. Greedy, so the same cut gives the same caption.
-Called by `data.caption`.
+Called by `data.captions`.
 
 Sources: chat texts, vllm-project/vllm:examples/offline_inference/vision_language.py
 (run_tarsier2) and qwen2_5_omni/only_thinker.py, the system text for tasks other than talk as in
@@ -32,8 +32,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from data import caption_tarsier2
-from data.caption_tarsier2 import HUB_ID, load_strictly
+from data.captions import tarsier2
+from data.captions.tarsier2 import HUB_ID, load_strictly
 from data.clips.decode import Cut
 from data.schema import DataError
 from model.weights.hub import read_json, require_file, resolve_folder, weight_files
@@ -79,10 +79,10 @@ class VideoCaptioner:
         """Load what `open_video_model` accepts."""
         folder, config = open_video_model(source)
         dtype = _dtype(device)
-        if caption_tarsier2.is_tarsier2(config):
-            model = caption_tarsier2.load_model(folder, config, dtype)
-            processor = caption_tarsier2.load_processor(folder)
-            chat, copies = CHAT, caption_tarsier2.FRAME_COPIES
+        if tarsier2.is_tarsier2(config):
+            model = tarsier2.load_model(folder, config, dtype)
+            processor = tarsier2.load_processor(folder)
+            chat, copies = CHAT, tarsier2.FRAME_COPIES
         else:
             model = load_strictly(AutoModelForImageTextToText, folder, folder, dtype=dtype)
             processor, chat, copies = AutoProcessor.from_pretrained(folder), None, 1
@@ -189,7 +189,7 @@ def open_video_model(source: str | Path) -> tuple[Path, dict[str, Any]]:
     kind, architectures = config.get("model_type"), config.get("architectures")
     # The first Tarsier calls itself llava too, but no class of transformers can hold it.
     known = architectures != ["TarsierForConditionalGeneration"]
-    if not caption_tarsier2.is_tarsier2(config) and not (
+    if not tarsier2.is_tarsier2(config) and not (
         known and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     ):
         raise DataError(

@@ -1,0 +1,1 @@
+"""Captions for the clips of a manifest; `python -m data.captions --help`."""
