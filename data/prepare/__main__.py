@@ -29,10 +29,10 @@ from data.arguments import add_cut_flags, non_negative, positive
 from data.clips.cut import CutSpec
 from data.manifest import check_lengths, read_captions, read_manifest
 from data.manifest.records import read_ledger
-from data.prepare.encoders import Encoders
+from data.prepare.encoding import Encoders
 from data.prepare.job import Job, begun, clip_settings, partial_folder, refuse_change
 from data.prepare.merge import merge, tally
-from data.prepare.status import status
+from data.prepare.progress import status
 from data.prepare.work import prepare
 from data.schema import METADATA_FILE, DataError
 from model.encoders import VIDEO_TEXT_LENGTH

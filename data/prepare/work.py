@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.clips.cut import Cut, CutSpec
 from data.clips.decode import read_cut
 from data.clips.probe import Rejected
-from data.prepare.encoders import Encoders, build_metadata
+from data.prepare.encoding import Encoders, build_metadata
 from data.prepare.job import (
     Group,
     Item,
