@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from common.settings import ConfigError
+from data.loading.sources import DataConfig, Opened, check_data
 from data.provenance import check_provenance
-from data.sources import DataConfig, Opened, check_data
 from model import AVFullDiTConfig, JointConfig
 from model.flow import FlowConfig
 from model.weights.from_files import config_from_files

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from common.settings import ConfigError, load_config
-from data.dataset import HeldOut, build_loader
+from data.loading.loader import HeldOut, build_loader
 from data.schema import Batch, DataError
 from experiment import Plan, RunConfig, about_run, build_plan, report, report_weights
 from model import AVFullDiT, AVFullDiTConfig

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.dataset import build_loader  # noqa: E402
+from data.loading.loader import build_loader  # noqa: E402
+from data.loading.sources import DataConfig  # noqa: E402
 from data.schema import (  # noqa: E402
     HASH,
     TEXT_FILE,
@@ -31,7 +32,6 @@ from data.schema import (  # noqa: E402
     pack,
     save_metadata,
 )
-from data.sources import DataConfig  # noqa: E402
 
 NEEDED = 30e6 / 1.4e6  # samples/s and GPU
 TEXT_ROWS, WIDTH, BATCH = 117, 4096, 8

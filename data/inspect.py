@@ -23,7 +23,7 @@ from PIL import Image
 from data.arguments import non_negative, positive
 from data.clips.contact_sheet import draw_contact_sheet, write_contact_sheet
 from data.clips.mux import write_clip
-from data.index import read_index
+from data.loading.index import read_index
 from data.provenance import check_provenance
 from data.schema import DataError, Metadata, load_metadata
 from data.stored import iter_samples

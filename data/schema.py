@@ -1,4 +1,4 @@
-"""What one stored sample is, once: written by `data.prepare`, read by `data.dataset`.
+"""What one stored sample is, once: written by `data.prepare`, read by `data.loading.loader`.
 
 Latents are stored raw as float16 (video: posterior mode; audio: posterior mean and std), so that
 normalisation can change without encoding again. Text states are stored as the bits of bfloat16:
@@ -86,7 +86,8 @@ class Batch(NamedTuple):
     audio_mean: Tensor  # (B, L, C) float32
     audio_std: Tensor  # (B, L, C) float32
     has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
-    audio_weight: Tensor  # (B,) float32 of the audio loss: 0 without sound; `data.dataset` scales
+    # (B,) float32 of the audio loss: 0 without sound; `data.loading.loader` scales
+    audio_weight: Tensor
     video_text: Tensor  # (B, rows, D) bfloat16: the longest caption, then a row of zeros or more
     audio_text: Tensor  # (B, 64, D) bfloat16
     audio_text_mask: Tensor  # (B, 64) bool, True = token

@@ -1,7 +1,7 @@
 """A prepared data set as files: indices, shards, hashes, samples; read-only, without a loader.
 
 For `data.verify` and `data.inspect`, which must be able to look at a damaged folder. Training
-reads through `data.dataset`.
+reads through `data.loading.loader`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 
-from data.index import read_index
+from data.loading.index import read_index
 from data.schema import HASH, UNREADABLE, DataError
 
 

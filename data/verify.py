@@ -14,7 +14,7 @@ from pathlib import Path
 from streaming.base.hashing import get_hash
 from tqdm import tqdm
 
-from data.index import read_index
+from data.loading.index import read_index
 from data.schema import HASH, TEXT_FILE, DataError, Metadata, load_metadata
 from data.stored import shard_faults
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.dataset import DataConfig, HeldOut
+from data.loading.loader import DataConfig, HeldOut
 from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective

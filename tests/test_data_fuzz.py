@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from streaming.base.compression import compress, decompress
 from streaming.base.hashing import get_hash
 
+from data.loading.shards import ShardDataset
+from data.loading.sources import DataConfig, open_streams
 from data.schema import HASH, DataError
-from data.shards import ShardDataset
-from data.sources import DataConfig, open_streams
 from data.stored import iter_samples
 from tests.support.inputs.prepared import write_shards
 from tests.support.memory import released_shared_memory

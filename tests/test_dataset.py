@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.dataset import HeldOut, build_loader
+from data.loading.loader import HeldOut, build_loader
+from data.loading.sources import DataConfig
 from data.schema import DataError, Metadata, collate, load_metadata
-from data.sources import DataConfig
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import ROOT, environment
 from tests.support.workers.ranks import Job, global_batches, run_job
@@ -175,8 +175,8 @@ def test_no_held_out_split_is_named(shards):
 RANK = """
 import sys, time
 print("imported as", __name__, flush=True)
-from data.dataset import build_loader
-from data.sources import DataConfig
+from data.loading.loader import build_loader
+from data.loading.sources import DataConfig
 if __name__ == "__main__":
     loader = build_loader(DataConfig(sys.argv[1], num_workers=2), 4, 0, 1, 3)
     next(loader)

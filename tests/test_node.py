@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from streaming.base.shared import prefix as streaming_prefix
 
-from data import node
-from data.dataset import HeldOut, build_loader
+from data.loading import node
+from data.loading.loader import HeldOut, build_loader
+from data.loading.sources import DataConfig
 from data.schema import DataError
-from data.sources import DataConfig
 from tests.support.inputs.prepared import write_shards
 
 JOBS = 4

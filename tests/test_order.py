@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Order, Source, choose_per_epoch, locate
+from data.loading.order import Order, Source, choose_per_epoch, locate
 from data.schema import DataError
 
 SIZES = np.array([7, 7, 7, 5])

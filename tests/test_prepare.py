@@ -10,7 +10,7 @@ import torch
 
 from data.clips.decode import CutSpec, read_cut
 from data.clips.mux import write_clip
-from data.dataset import DataConfig, HeldOut, build_loader
+from data.loading.loader import DataConfig, HeldOut, build_loader
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE, Encoders, prepare
 from data.prepare.__main__ import main
 from data.schema import DataError, load_metadata, load_text_states

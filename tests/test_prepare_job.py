@@ -8,7 +8,7 @@ import pytest
 
 from data.clips.cut import CutSpec
 from data.clips.mux import write_clip
-from data.index import read_index
+from data.loading.index import read_index
 from data.prepare import Encoders, prepare
 from data.prepare.__main__ import main, place
 from data.prepare.job import clips_per_shard

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from data.dataset import build_loader
+from data.loading.loader import build_loader
+from data.loading.shards import ShardDataset
+from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError, load_metadata, sample_fault
-from data.shards import ShardDataset
-from data.sources import DataConfig, open_streams
 from tests.support.inputs import prepared
 from tests.support.inputs.prepared import write_shards
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.sources import DataConfig
+from data.loading.sources import DataConfig
 from experiment import RunConfig, SamplesConfig
 from training.manifest import Manifest
 from training.resume import FREE, changes, check_resume, check_same_model, describe_run

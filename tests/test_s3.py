@@ -13,9 +13,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from data.node import SHARED_MEMORY
+from data.loading.node import SHARED_MEMORY
+from data.loading.sources import DataConfig, check_data
 from data.schema import DataError
-from data.sources import DataConfig, check_data
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import ROOT, environment, records, run
 from tests.support.models.tiny import write_tangoflux, write_wan

@@ -3,7 +3,7 @@
 import pytest
 
 import train
-from data.sources import DataConfig
+from data.loading.sources import DataConfig
 from experiment import RunConfig
 
 

@@ -15,10 +15,10 @@ import pytest
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 
-from data.dataset import HeldOut, build_loader
+from data.loading.loader import HeldOut, build_loader
+from data.loading.shards import ShardDataset
+from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError
-from data.shards import ShardDataset
-from data.sources import DataConfig, open_streams
 from tests.support.inputs.prepared import write_shards
 from tests.support.workers.ranks import Job, global_batches, read_job, run_job, spoil
 

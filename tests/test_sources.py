@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 
 from common.settings import ConfigError, parse_config
-from data import sources
-from data.dataset import HeldOut
+from data.loading import sources
+from data.loading.loader import HeldOut
+from data.loading.sources import DataConfig, StreamConfig, check_data, needs_cache, open_streams
 from data.provenance import check_provenance
 from data.schema import DataError
-from data.sources import DataConfig, StreamConfig, check_data, needs_cache, open_streams
 from tests.support.inputs.prepared import LATENT, SOUND, write_shards
 from tests.support.models.tiny import HOP, SAMPLE_RATE
 from tests.support.workers.ranks import Job, global_batches, run_job

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.dataset import HeldOut
+from data.loading.loader import HeldOut
 from data.schema import Batch
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from common.settings import ConfigError, parse_config
-from data.dataset import build_loader
+from data.loading.loader import build_loader
+from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError
-from data.sources import DataConfig, open_streams
 from model.flow import FlowConfig
 from model.objective import Objective
 from model.variants import JointConfig

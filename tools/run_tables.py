@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common.settings import ConfigError, parse_config
-from data.sources import DataConfig
+from data.loading.sources import DataConfig
 from model import AVFullDiT, AVFullDiTConfig
 from model.variants import CHOICES
 from model.weights.hub import one_line_errors

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from data.dataset import HeldOut
+from data.loading.loader import HeldOut
 from data.schema import Batch, DataError
 from experiment import RunConfig
 from model.gauges import Gauges

@@ -232,8 +232,8 @@ def barrier(world: World) -> None:
 def shutdown() -> None:
     """Leave the process group; end what would keep this process.
 
-    The loader's workers ignore SIGTERM (data.workers), and Python waits for them when it exits:
-    without this a rank that crashed stayed for minutes.
+    The loader's workers ignore SIGTERM (data.loading.workers), and Python waits for them when it
+    exits: without this a rank that crashed stayed for minutes.
     """
     for child in multiprocessing.active_children():
         child.kill()

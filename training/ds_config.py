@@ -70,7 +70,7 @@ REFUSED = {
     "checkpoint": "checkpoints are training.checkpoint's, not DeepSpeed's",
     "datastates_ckpt": "checkpoints are training.checkpoint's, not DeepSpeed's",
     "comet": _OWN_LOGS, "csv_monitor": _OWN_LOGS, "tensorboard": _OWN_LOGS, "wandb": _OWN_LOGS,
-    "dataloader_drop_last": "the loader is data.dataset's",
+    "dataloader_drop_last": "the loader is data.loading.loader's",
     "fp16": "its loss scale has no place in a resume; use bf16 or torch_autocast",
     "gradient_allreduce_op": "a sum would scale the learning rate with the number of ranks",
     "managed_gradient_accumulation": "accumulation is derived from global_batch_size",

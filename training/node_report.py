@@ -127,7 +127,7 @@ def unfetched(values: dict[str, Any]) -> list[str]:
     remotes = data_places(values, "remote")
     if not remotes:
         return []
-    command = [sys.executable, "-m", "data.reach", *remotes]
+    command = [sys.executable, "-m", "data.loading.reach", *remotes]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS,
                               check=False)

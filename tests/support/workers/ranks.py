@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.agreement import PeerError
-from data.dataset import HeldOut, build_loader
+from data.loading.agreement import PeerError
+from data.loading.loader import HeldOut, build_loader
+from data.loading.shards import ShardDataset
+from data.loading.sources import DataConfig
 from data.schema import DataError
-from data.shards import ShardDataset
-from data.sources import DataConfig
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The loader's worker processes: how they start, what they ignore, when they end.
 
-Called by data.dataset.
+Called by data.loading.loader.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def start_server() -> Any:
     Python's resource tracker inherit that they ignore signals.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data.dataset"])
+    context.set_forkserver_preload(["data.loading.loader"])
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     _ignore_stop_signals()
     try:

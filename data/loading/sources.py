@@ -3,7 +3,7 @@
 A stream is one folder that `data.prepare` wrote: every sample of one shape. Streams of different
 shapes may be mixed if all that the model is built from agrees (`data.provenance`). Reading here
 needs no process group, so that bad data are refused before a GPU is touched. Called by train.py
-and data.dataset.
+and data.loading.loader.
 """
 
 import functools
@@ -20,8 +20,8 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import bytes_to_int, retry
 from torch import Tensor
 
-from data.index import check_split
-from data.order import choose_per_epoch
+from data.loading.index import check_split
+from data.loading.order import choose_per_epoch
 from data.schema import (
     HASH,
     METADATA_FILE,

@@ -2,7 +2,7 @@
 
 The plain StreamingDataset ends an epoch early (no workers) or hangs (workers) when a shard cannot
 be read, trusts what lies on disk, and unpacks under a name that two jobs share. Called by
-data.dataset, in the loader's workers too.
+data.loading.loader, in the loader's workers too.
 
 RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be set (streaming reads them); without them this is
 one process.
@@ -21,11 +21,11 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
-from data.cached_stream import open_stream
-from data.node import own_shared_memory
-from data.order import Order, Source, choose_per_epoch, locate
+from data.loading.cached_stream import open_stream
+from data.loading.node import own_shared_memory
+from data.loading.order import Order, Source, choose_per_epoch, locate
+from data.loading.sources import DataConfig, Opened, buckets
 from data.schema import HASH, UNREADABLE, DataError, sample_fault
-from data.sources import DataConfig, Opened, buckets
 
 
 class BadSampleError(DataError):

@@ -1,6 +1,6 @@
 """Where a stream's shards are read from: in place, or through a cache on the node's own disk.
 
-Called by data.shards.
+Called by data.loading.shards.
 """
 
 import functools
@@ -11,10 +11,10 @@ from typing import IO, Any
 from streaming import Stream
 from streaming.base.world import World
 
-from data.agreement import agree
-from data.node import job_folder, lock_cache
+from data.loading.agreement import agree
+from data.loading.node import job_folder, lock_cache
+from data.loading.sources import DataConfig, Opened, StreamConfig, needs_cache
 from data.schema import DataError
-from data.sources import DataConfig, Opened, StreamConfig, needs_cache
 
 
 class AtomicStream(Stream):

@@ -6,7 +6,7 @@ names stay. Here every job counts from a random number of its own. A lock file i
 which the kernel frees with its process, says that the job lives; whoever starts next removes
 everything of a job whose lock is free, and nothing else. Python's resource tracker is kept out of
 it: it frees at a rank's end what other ranks still read (python/cpython#82300), and complains of
-what is gone. Called by data.shards.
+what is gone. Called by data.loading.shards.
 """
 
 import atexit

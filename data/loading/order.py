@@ -3,7 +3,7 @@
 Ranks, workers, accumulation and resuming read slices of the same table, so none of them can change
 it. A stream is an endless sequence of passes over its samples, each a new permutation; an epoch
 takes the next `choose` of them, so a proportion is exact and every sample has its turn. Streams of
-one shape form a bucket; every global batch lies within one bucket. Called by data.shards.
+one shape form a bucket; every global batch lies within one bucket. Called by data.loading.shards.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 A rank that raised alone would leave the others in the next collective until it times out. So the
 ranks exchange three numbers before each batch is used, over gloo: on the host, no device waits.
-Called by data.dataset, whose calls are the same on every rank.
+Called by data.loading.loader, whose calls are the same on every rank.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Which of these remote data sets can this machine not fetch the first small file of?
 
-    python -m data.reach s3://bucket/prefix ...
+    python -m data.loading.reach s3://bucket/prefix ...
 
 prints one line for each, and why; exits 1 if there is one. Run by training.preflight on every node.
 """
@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from data.loading.sources import fetch
 from data.schema import METADATA_FILE, DataError
-from data.sources import fetch
 
 SECONDS = 20.0  # of one attempt
 

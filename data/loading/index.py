@@ -1,8 +1,8 @@
 """A split's index.json: foreign bytes until they were held against the schema.
 
 A shard's file names end up in paths and its encodings choose what decodes the samples, a pickle
-among others: nothing but what `data.prepare` writes is let through. Called by data.sources and
-data.stored.
+among others: nothing but what `data.prepare` writes is let through. Called by data.loading.sources
+and data.stored.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Shards -> batches: the same global batches for any number of ranks, workers and micro-batches.
 
-The global batch of every step is a row of `data.order`, resumed or not; a rank reads its slice of
-it. `locate` gives the place of any step, so nothing about the loader needs to be in a checkpoint.
-A shard that cannot be read stops the run on every rank in the same step, or is substituted, which
-a ledger tells. Called by train.py.
+The global batch of every step is a row of `data.loading.order`, resumed or not; a rank reads its
+slice of it. `locate` gives the place of any step, so nothing about the loader needs to be in a
+checkpoint. A shard that cannot be read stops the run on every rank in the same step, or is
+substituted, which a ledger tells. Called by train.py.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.agreement import PeerError, agree
-from data.order import locate
+from data.loading.agreement import PeerError, agree
+from data.loading.order import locate
+from data.loading.shards import ShardDataset
+from data.loading.sources import DataConfig, Opened, buckets, open_streams
+from data.loading.workers import Loader, begin_worker, start_server
 from data.schema import Batch, DataError, Metadata, collate
-from data.shards import ShardDataset
-from data.sources import DataConfig, Opened, buckets, open_streams
-from data.workers import Loader, begin_worker, start_server
 
 Substitution = dict[str, Any]
 T = TypeVar("T")
