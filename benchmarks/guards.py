@@ -31,7 +31,7 @@ from model.flow import FlowConfig
 from model.objective import Objective
 from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
-from tools.backbones.towers import AUDIO, VIDEO
+from playground.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
 from training.distributed import resolve_world, shutdown, start, sum_over_ranks
 from training.ds_config import complete_ds_config

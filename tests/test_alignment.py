@@ -15,15 +15,16 @@ from data.clips.cut import CutSpec
 from data.clips.decode import read_cut
 from data.clips.mux import write_clip
 from data.inspect import decode_sample
-from data.playground import describe, make_clip, render
-from data.playground.physics import SECONDS, draw_bodies
-from data.playground.sound import SAMPLE_RATE
 from data.prepare import Encoders, prepare
 from data.schema import load_metadata
 from data.stored import iter_samples
+from playground.backbones.recipe import TANGOFLUX, WAN
+from playground.quality.scores import centres, onset_curve
+from playground.world import drawing
+from playground.world.clip import describe, make_clip
+from playground.world.impacts import SAMPLE_RATE
+from playground.world.physics import SECONDS, draw_bodies
 from tests.support.inputs.media import write_media
-from tools.backbones.common import TANGOFLUX, WAN
-from tools.backbones.metrics import centres, onset_curve
 
 SEED, INDEX = 11, 36  # one rubber ball that drops: it meets the floor eight times in the cut
 RATES = {"24": 24.0, "25": 25.0, "29.97": 30000 / 1001, "variable": None}
@@ -56,8 +57,8 @@ def draw(times):
     positions = np.stack(
         [np.interp(played, known, clip.positions[:, 0, axis]) for axis in (0, 1)], axis=1
     )[:, None]  # (T, 1, 2)
-    return render.to_uint8(
-        render.draw_balls(clip.facts.scene, bodies, clip.facts.material, positions)
+    return drawing.to_uint8(
+        drawing.draw_balls(clip.facts.scene, bodies, clip.facts.material, positions)
     )
 
 

@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 from model.encoders import AudioVAE, VideoVAE
 from model.weights.hub import iter_tensors, read_json, weight_files
-from tools.backbones import common, measure, metrics
-from tools.backbones import latents as cached
-from tools.backbones.clips import TRAIN_SEED, halve_frames, small_clip, third_rate
-from tools.backbones.video_vae import to_tensor
-from tools.backbones.whole_sequence import decode, encode, whole_sequence
+from playground.backbones import latents as cached
+from playground.backbones import recipe
+from playground.backbones.clips import TRAIN_SEED, halve_frames, small_clip, third_rate
+from playground.backbones.video_vae import to_tensor
+from playground.backbones.whole_sequence import decode, encode, whole_sequence
+from playground.quality import measure, scores
 
 CLIPS = 12
 
@@ -71,7 +72,7 @@ def test_text_states_hold_the_attributes():
 
 def test_one_pass_over_a_clip_equals_the_chunks():
     """The towers' latents are made in one pass, those of `data.prepare` in diffusers' chunks."""
-    video_vae = VideoVAE.from_folder(common.WAN)
+    video_vae = VideoVAE.from_folder(recipe.WAN)
     clip = next(c for c in map(lambda i: measure.make_clip(5, i), range(20)) if c.facts.colours)
     video = to_tensor(halve_frames(clip.frames)[:25])
     latents = video_vae.encode(video)
@@ -92,7 +93,7 @@ def test_captions_matter(name, towers, latents):
 
 
 def test_files_are_small_and_half_precision():
-    files = sorted(common.WEIGHTS.rglob("*.safetensors"))
+    files = sorted(recipe.WEIGHTS.rglob("*.safetensors"))
     assert files and all(path.stat().st_size < 4 * 2**20 for path in files)
     assert sum(path.stat().st_size for path in files) < 30e6
     for path in files:
@@ -104,46 +105,46 @@ def test_files_are_small_and_half_precision():
 def test_weights_load_into_the_released_classes():
     """Strictly, by the classes of diffusers themselves, from config.json as it is."""
     for cls, part in ((AutoencoderKLWan, "vae"), (WanTransformer3DModel, "transformer")):
-        folder = common.WAN / part
+        folder = recipe.WAN / part
         module = cls.from_config(cls.load_config(folder))
         module.load_state_dict(dict(iter_tensors(weight_files(folder))))
-    config = read_json(common.TANGOFLUX / "config.json")
+    config = read_json(recipe.TANGOFLUX / "config.json")
     audio = AutoencoderOobleck(**config["vae"])
-    audio.load_state_dict(dict(iter_tensors([common.TANGOFLUX / "vae.safetensors"])))
-    index = read_json(common.WAN / "model_index.json")
+    audio.load_state_dict(dict(iter_tensors([recipe.TANGOFLUX / "vae.safetensors"])))
+    index = read_json(recipe.WAN / "model_index.json")
     parts = [name for name, value in index.items() if isinstance(value, list)]
-    assert all((common.WAN / name).is_dir() for name in parts) and len(parts) == 5
+    assert all((recipe.WAN / name).is_dir() for name in parts) and len(parts) == 5
 
 
 def test_measured_quality_is_shipped_beside_the_weights():
-    quality = common.load_json(common.WEIGHTS / "quality.json")
+    quality = recipe.load_json(recipe.WEIGHTS / "quality.json")
     assert quality["vae"]["psnr_db"]["mean"] >= 24
     assert quality["vae"]["ball_centre_error_px"]["mean"] <= 2
     assert quality["vae"]["onset_error_ms"]["p90"] <= 20
-    assert "| what | measured | asked |" in (common.WEIGHTS / "QUALITY.md").read_text()
+    assert "| what | measured | asked |" in (recipe.WEIGHTS / "QUALITY.md").read_text()
 
 
 def test_the_metrics_see_what_they_should():
     """Exact pictures have no error, a shifted ball has its shift, a lost one is counted."""
     clip = next(c for c in map(lambda i: measure.make_clip(5, i), range(20)) if c.facts.colours)
     frames = halve_frames(clip.frames)
-    assert metrics.centre_errors(frames, frames, clip.facts).max() == 0
-    shifted = metrics.centre_errors(np.roll(frames, 3, axis=2), frames, clip.facts)
+    assert scores.centre_errors(frames, frames, clip.facts).max() == 0
+    shifted = scores.centre_errors(np.roll(frames, 3, axis=2), frames, clip.facts)
     assert abs(np.median(shifted) - 3) < 0.3
     blank = np.full_like(frames, 128)
-    assert (metrics.centre_errors(blank, frames, clip.facts) == metrics.MISSED_PIXELS).all()
-    assert metrics.psnr(frames, frames) > 80
+    assert (scores.centre_errors(blank, frames, clip.facts) == scores.MISSED_PIXELS).all()
+    assert scores.psnr(frames, frames) > 80
 
 
 def test_onsets_of_a_delayed_sound_are_late_by_the_delay():
     clip = next(
         c for c in map(lambda i: measure.make_clip(5, i), range(40))
-        if len(metrics.clear_events(c.facts, 32_768)) >= 3
+        if len(scores.clear_events(c.facts, 32_768)) >= 3
     )
     wave = measure.window_of(third_rate(clip.audio))[0].numpy()
     late = np.roll(wave, 160, axis=1)  # 10 ms
-    assert metrics.onset_errors(wave, wave, clip.facts).max() == 0
-    assert abs(np.median(metrics.onset_errors(late, wave, clip.facts)) - 10) <= 1
+    assert scores.onset_errors(wave, wave, clip.facts).max() == 0
+    assert abs(np.median(scores.onset_errors(late, wave, clip.facts)) - 10) <= 1
 
 
 def test_cached_latents_are_those_of_the_clips(tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_cached_latents_are_those_of_the_clips(tmp_path, monkeypatch):
         cached.build(tmp_path, kind, 3, 1)
     video, audio = (cached.open_latents(tmp_path, kind) for kind in ("video", "audio"))
     frames, sound = small_clip(measure.make_clip(TRAIN_SEED, 2))
-    encoders = VideoVAE.from_folder(common.WAN), AudioVAE.from_folder(common.TANGOFLUX)
+    encoders = VideoVAE.from_folder(recipe.WAN), AudioVAE.from_folder(recipe.TANGOFLUX)
     expected = cached.encode_clip(*encoders, frames, sound)
     close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
     for found, wanted in zip((video.video, audio.audio_mean, audio.audio_std), expected,

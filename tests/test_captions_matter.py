@@ -20,7 +20,7 @@ TRAIN, HELD_OUT, STEPS = 16, 10, 16
 @pytest.mark.slow
 def test_shuffled_captions_raise_both_losses(tmp_path):
     python = [sys.executable, "-m"]
-    run([*python, "data.playground", f"{tmp_path}/clips", "--clips", str(TRAIN),
+    run([*python, "playground.world", f"{tmp_path}/clips", "--clips", str(TRAIN),
          "--validation", str(HELD_OUT), "--seed", "77"])
     run([*python, "data.prepare", f"{tmp_path}/clips/manifest.jsonl", f"{tmp_path}/shards",
          "--wan", "weights/playground/wan", "--tangoflux", "weights/playground/tangoflux",

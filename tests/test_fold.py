@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from tools.backbones.fold import fold, principal, project
-from tools.backbones.video_vae import CONFIG
+from playground.backbones.fold import fold, principal, project
+from playground.backbones.video_vae import CONFIG
 
 CHANNELS = 8
 

@@ -9,8 +9,8 @@ import pytest
 
 from data.clips.decode import CutSpec, read_cut
 from data.manifest.records import write_manifest
-from data.playground.__main__ import write_clips
 from data.schema import DataError
+from playground.world.__main__ import write_clips
 from tests.support.inputs.trees import (
     CUT,
     FACTS,

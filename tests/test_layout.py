@@ -19,8 +19,8 @@ ENCODERS = ("model/encoders.py", "model/weights/encoder_headers.py")
 ALLOWED = {
     "deepspeed": ("train.py", "training/", "tools/export.py"),
     "streaming": ("data/",),
-    "diffusers": (*ENCODERS, "model/sampling.py", "tools/backbones/"),
-    "transformers": (*ENCODERS, "data/caption", "tools/backbones/"),
+    "diffusers": (*ENCODERS, "model/sampling.py", "playground/backbones/"),
+    "transformers": (*ENCODERS, "data/caption", "playground/backbones/"),
 }
 
 # The model is a function of its inputs: only these read or write files.

@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from data.playground import COLOURS, MATERIALS, describe, make_clip
-from data.playground.__main__ import write_clips
-from data.playground.captions import ADJECTIVES, HITS, LOOKS, NUMBERS
-from data.playground.physics import AUDIBLE_SPEED, GRAVITY, HEIGHT
-from data.playground.sound import SAMPLE_RATE
+from playground.world.__main__ import write_clips
+from playground.world.clip import COLOURS, MATERIALS, describe, make_clip
+from playground.world.impacts import SAMPLE_RATE
+from playground.world.physics import AUDIBLE_SPEED, GRAVITY, HEIGHT
+from playground.world.wording import ADJECTIVES, HITS, LOOKS, NUMBERS
 
 SEED = 7
 CLIPS = 14

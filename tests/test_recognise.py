@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data.clips.mux import write_clip
-from data.playground import describe, make_clip
-from data.playground.render import COLOURS as RGB
-from tools.backbones.audio_vae import window_of
-from tools.backbones.clips import FIRST_FRAME, SAMPLE_RATE, WINDOW_FRAMES, small_clip
-from tools.backbones.recognise import G, agreement, hear, judge, look, main
+from playground.backbones.audio_vae import window_of
+from playground.backbones.clips import FIRST_FRAME, SAMPLE_RATE, WINDOW_FRAMES, small_clip
+from playground.quality.recognise import G, agreement, hear, judge, look, main
+from playground.world.clip import describe, make_clip
+from playground.world.drawing import COLOURS as RGB
 
 CLIPS = 16
 

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     clips, shards, run_dir = ROOT / "clips", ROOT / "shards", ROOT / "run"
     python = [sys.executable, "-m"]
     try:
-        step("make clips", *python, "data.playground", str(clips), "--clips", "64",
+        step("make clips", *python, "playground.world", str(clips), "--clips", "64",
              "--validation", "8", "--seed", "1")
         step("encode them", *python, "data.prepare", str(clips / "manifest.jsonl"), str(shards),
              "--wan", "weights/playground/wan", "--tangoflux", "weights/playground/tangoflux",

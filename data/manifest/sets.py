@@ -68,11 +68,11 @@ def list_folder(root: Path) -> Listing:
 
 
 def list_playground(root: Path) -> Listing:
-    """What `python -m data.playground` wrote: its manifest, and impacts from events.jsonl."""
+    """What `python -m playground.world` wrote: its manifest, and impacts from events.jsonl."""
     found, faults = read_records(root / "manifest.jsonl", "train")
     path = root / "events.jsonl"
     if not path.is_file():
-        raise DataError(f"root={root}: no events.jsonl; write it with `python -m data.playground`")
+        raise DataError(f"root={root}: no events.jsonl; write it with `python -m playground.world`")
     marks_of: dict[str, list] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -81,7 +81,7 @@ def list_playground(root: Path) -> Listing:
                                      for event in truth["events"]]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: line {number} is damaged ({error!r}); write the clips again "
-                            "with `python -m data.playground`") from error
+                            "with `python -m playground.world`") from error
     records = []
     for record in found:
         marks = marks_of.get(record["id"], [])

@@ -15,7 +15,7 @@ import torch
 from scipy.linalg import hadamard
 
 from model.weights.hub import iter_tensors, weight_files
-from tools.backbones import common
+from playground.backbones import recipe
 
 
 class Projection(NamedTuple):
@@ -88,12 +88,12 @@ def run(cache: Path, channels: int) -> None:
     """Fold the saved autoencoder, and the cached latents with it. Needs `video_latents`."""
     latents = torch.load(cache / "video.pt", weights_only=True)
     projection = principal(latents, channels)
-    folder = common.WAN / "vae"
+    folder = recipe.WAN / "vae"
     config = json.loads((folder / "config.json").read_text())
     weights, config = fold(dict(iter_tensors(weight_files(folder))), config, projection)
-    common.save_tensors(weights, folder, "diffusion_pytorch_model")
-    common.save_json(config, folder / "config.json")
+    recipe.save_tensors(weights, folder, "diffusion_pytorch_model")
+    recipe.save_json(config, folder / "config.json")
     torch.save(project(latents, projection), cache / "video.pt")
-    common.note("video_fold", {"channels": channels, "variance_kept": projection.kept})
+    recipe.note("video_fold", {"channels": channels, "variance_kept": projection.kept})
     print(f"video_fold: {latents.shape[1]} -> {channels} channels, "
           f"{projection.kept:.4f} of the variance")

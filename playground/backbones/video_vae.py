@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from model.weights.hub import iter_tensors, weight_files
-from tools.backbones import common
-from tools.backbones.clips import FIRST_FRAME, WINDOW_FRAMES, open_cache
-from tools.backbones.whole_sequence import decode, encode, whole_sequence
+from playground.backbones import recipe
+from playground.backbones.clips import FIRST_FRAME, WINDOW_FRAMES, open_cache
+from playground.backbones.whole_sequence import decode, encode, whole_sequence
 
 Z_DIM = 48
 CONFIG = {
@@ -88,8 +88,8 @@ def _measure_statistics(vae: AutoencoderKLWan, frames: np.ndarray, count: int = 
 def save(vae: AutoencoderKLWan, frames: np.ndarray) -> None:
     vae.eval()
     _measure_statistics(vae, frames)
-    folder = common.WAN / "vae"
-    common.save_tensors(vae.state_dict(), folder, "diffusion_pytorch_model")
+    folder = recipe.WAN / "vae"
+    recipe.save_tensors(vae.state_dict(), folder, "diffusion_pytorch_model")
     vae.save_config(folder)
     vae.train()
 
@@ -101,15 +101,15 @@ def train(cache: Path, minutes: float, resume: bool = False, seed: int = 0) -> N
     frames, _ = open_cache(cache)
     vae = AutoencoderKLWan(**CONFIG)
     if resume:
-        vae.load_state_dict(dict(iter_tensors(weight_files(common.WAN / "vae"))))
+        vae.load_state_dict(dict(iter_tensors(weight_files(recipe.WAN / "vae"))))
     vae = whole_sequence(vae).float().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99))
-    budget = common.Budget(minutes)
+    budget = recipe.Budget(minutes)
     average = 0.0
     while budget.running():
-        common.set_learning_rate(budget, PEAK_RATE, optimizer)
+        recipe.set_learning_rate(budget, PEAK_RATE, optimizer)
         loss, error = _loss(vae, _batch(frames, rng, budget.progress))
-        common.update(vae, loss, optimizer)
+        recipe.update(vae, loss, optimizer)
         average += (float(error) - average) * max(0.02, 1 / budget.step)
         if budget.step % 50 == 0:
             psnr = 10 * np.log10(4 / average)
@@ -118,7 +118,7 @@ def train(cache: Path, minutes: float, resume: bool = False, seed: int = 0) -> N
         if budget.save_due():
             save(vae, frames)
     save(vae, frames)
-    common.note("video_vae_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
+    recipe.note("video_vae_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
 
 
 def _ball_loss(output: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
@@ -143,8 +143,8 @@ def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     frames, _ = open_cache(cache)
-    vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(common.WAN / "vae"))
-    vae.load_state_dict(dict(iter_tensors(weight_files(common.WAN / "vae"))))
+    vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(recipe.WAN / "vae"))
+    vae.load_state_dict(dict(iter_tensors(weight_files(recipe.WAN / "vae"))))
     stored = torch.load(cache / "video.pt", weights_only=True)  # (N,C,13,4,6) normalised
     scales = (vae.config.latents_mean, vae.config.latents_std)
     mean, std = (torch.tensor(scale).view(-1, 1, 1, 1) for scale in scales)
@@ -153,9 +153,9 @@ def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=DECODER_RATE, betas=(0.9, 0.99))
-    budget, average = common.Budget(minutes, save_minutes=3), 0.0
+    budget, average = recipe.Budget(minutes, save_minutes=3), 0.0
     while budget.running():
-        common.set_learning_rate(budget, DECODER_RATE, optimizer)
+        recipe.set_learning_rate(budget, DECODER_RATE, optimizer)
         size, latent_frames = (3, 5) if rng.uniform() < 0.5 else (1, 13)
         chosen = rng.integers(0, min(len(stored), len(frames)), size)
         length = 4 * (latent_frames - 1) + 1
@@ -165,13 +165,13 @@ def train_decoder(cache: Path, minutes: float, seed: int = 0) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             output = decode(vae, latents)
         loss = _ball_loss(output.float(), video)
-        common.update(vae, loss, optimizer)
+        recipe.update(vae, loss, optimizer)
         error = float((output.detach().float() - video).square().mean())
         average += (error - average) * max(0.02, 1 / budget.step)
         if budget.step % 50 == 0:
             print(f"video_decoder step {budget.step} {budget.minutes_used:.1f} min psnr "
                   f"{10 * np.log10(4 / average):.2f} dB", flush=True)
         if budget.save_due():
-            common.save_tensors(vae.state_dict(), common.WAN / "vae", "diffusion_pytorch_model")
-    common.save_tensors(vae.state_dict(), common.WAN / "vae", "diffusion_pytorch_model")
-    common.note("video_decoder_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
+            recipe.save_tensors(vae.state_dict(), recipe.WAN / "vae", "diffusion_pytorch_model")
+    recipe.save_tensors(vae.state_dict(), recipe.WAN / "vae", "diffusion_pytorch_model")
+    recipe.note("video_decoder_training", {"minutes": minutes, "steps": budget.step, "seed": seed})

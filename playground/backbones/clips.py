@@ -1,8 +1,8 @@
 """Playground clips in the form the backbones train on, cached once as plain arrays.
 
 frames.npy (N,72,64,96,3) uint8 and audio.npy (N,48000,2) float16 at 16 kHz; captions come from
-`data.playground.describe` again, since a clip is a pure function of (seed, index). Training uses
-TRAIN_SEED only; every measured number uses HELD_OUT_SEED.
+`playground.world.clip.describe` again, since a clip is a pure function of (seed, index). Training
+uses TRAIN_SEED only; every measured number uses HELD_OUT_SEED.
 """
 
 from multiprocessing import Pool
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.playground import Clip, make_clip
+from playground.world.clip import Clip, make_clip
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 FPS, SAMPLE_RATE, HOP = 24, 16_000, 512
@@ -62,6 +62,6 @@ def open_cache(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     names = [folder / "frames.npy", folder / "audio.npy"]
     if not all(name.is_file() for name in names):
         raise FileNotFoundError(
-            f"no clip cache in {folder}; write it with `python -m tools.backbones clips`"
+            f"no clip cache in {folder}; write it with `python -m playground.backbones clips`"
         )
     return np.load(names[0], mmap_mode="r"), np.load(names[1], mmap_mode="r")

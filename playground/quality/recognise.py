@@ -1,7 +1,7 @@
 """Does a sampled tight clip show what its caption asked for, and does it sound as it moves?
 
     python -m tools.sample RUN --prompts CLIPS/manifest.jsonl --split validation ...
-    python -m tools.backbones.recognise RUN/samples/step00001000_sampled
+    python -m playground.quality.recognise RUN/samples/step00001000_sampled
 
 A tracker follows each ball colour through the decoded mp4. Judged are the set of colours and the
 number of balls against the caption's clip, the acceleration of balls in free flight against the
@@ -20,10 +20,10 @@ import numpy as np
 from scipy import ndimage
 
 from data.clips.decode import CutSpec, read_cut
-from data.playground import COLOURS, Facts, describe
-from data.playground.physics import FLOOR, GRAVITY
-from tools.backbones.clips import FPS, HEIGHT, HOP, SAMPLE_RATE, WIDTH, WINDOW_FRAMES
-from tools.backbones.metrics import centres, colour_mass, onset_curve
+from playground.backbones.clips import FPS, HEIGHT, HOP, SAMPLE_RATE, WIDTH, WINDOW_FRAMES
+from playground.quality.scores import centres, colour_mass, onset_curve
+from playground.world.clip import COLOURS, Facts, describe
+from playground.world.physics import FLOOR, GRAVITY
 
 BALL_MASS = 18.0  # chroma x pixels from which a colour is a ball: the smallest ball has about 60
 BLOB_PIXELS = 10  # a smaller piece of colour is no ball
@@ -192,7 +192,7 @@ def read_samples(folder: Path, count: int) -> list[tuple[Facts, np.ndarray, np.n
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.backbones.recognise")
+    parser = argparse.ArgumentParser(prog="python -m playground.quality.recognise")
     parser.add_argument("folder", type=Path, help="RUN/samples/stepXXXXXXXX")
     parser.add_argument("--count", type=int, default=50, help="tight clips to judge")
     arguments = parser.parse_args()

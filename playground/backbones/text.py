@@ -20,11 +20,11 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from data.playground import COLOURS, MATERIALS, SCENES, Facts, describe
-from data.playground.captions import how_many
-from data.playground.physics import MOTION_NAMES
-from tools.backbones import common
-from tools.backbones.clips import TRAIN_SEED
+from playground.backbones import recipe
+from playground.backbones.clips import TRAIN_SEED
+from playground.world.clip import COLOURS, MATERIALS, SCENES, Facts, describe
+from playground.world.physics import MOTION_NAMES
+from playground.world.wording import how_many
 
 PAD, EOS, UNKNOWN, MASK = range(4)
 CAPTIONS = 6000
@@ -128,12 +128,12 @@ def _fit(
 ) -> int:
     trainer = _Trainer(encoder, classes).train()
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=2e-3)
-    budget = common.Budget(minutes)
+    budget = recipe.Budget(minutes)
     batches = _batches(tokenizer, captions, labels, seed=0)
     while budget.running():
-        common.set_learning_rate(budget, 2e-3, optimizer)
+        recipe.set_learning_rate(budget, 2e-3, optimizer)
         loss = trainer(*next(batches))
-        common.update(trainer, loss, optimizer)
+        recipe.update(trainer, loss, optimizer)
         if budget.step % 100 == 0:
             print(f"text {kind} step {budget.step} loss {loss.item():.3f}", flush=True)
     encoder.eval()
@@ -142,12 +142,12 @@ def _fit(
 
 def update_tangoflux(tensors: dict[str, torch.Tensor]) -> None:
     """Replace these tensors in tangoflux.safetensors, which holds the DiT and T5 together."""
-    path = common.TANGOFLUX / "tangoflux.safetensors"
+    path = recipe.TANGOFLUX / "tangoflux.safetensors"
     kept: dict[str, torch.Tensor] = {}
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             kept = {name: file.get_tensor(name) for name in file.keys()}
-    common.save_tensors(kept | tensors, common.TANGOFLUX, "tangoflux")
+    recipe.save_tensors(kept | tensors, recipe.TANGOFLUX, "tangoflux")
 
 
 def _untied(encoder: nn.Module) -> dict[str, torch.Tensor]:
@@ -172,9 +172,9 @@ def train(minutes: float, seed: int = 0) -> None:
     video = UMT5EncoderModel(UMT5Config(**shared, **SIZES["video"]))
     labels = torch.tensor([video_labels(f) for f in facts])
     steps = [_fit("video", video, tokenizer, video_captions, labels, VIDEO_CLASSES, 0.75 * minutes)]
-    video.config.save_pretrained(common.WAN / "text_encoder")
-    common.save_tensors(_untied(video), common.WAN / "text_encoder", "model")
-    _save_tokenizer(tokenizer, common.WAN / "tokenizer")
+    video.config.save_pretrained(recipe.WAN / "text_encoder")
+    recipe.save_tensors(_untied(video), recipe.WAN / "text_encoder", "model")
+    _save_tokenizer(tokenizer, recipe.WAN / "tokenizer")
 
     audio_captions = [f.audio_caption for f in facts]
     tokenizer = build_tokenizer(audio_captions)
@@ -183,10 +183,10 @@ def train(minutes: float, seed: int = 0) -> None:
     steps += [
         _fit("audio", audio, tokenizer, audio_captions, labels, AUDIO_CLASSES, 0.25 * minutes)
     ]
-    folder = common.TANGOFLUX / "text_encoder"
+    folder = recipe.TANGOFLUX / "text_encoder"
     audio.config.save_pretrained(folder)
     _save_tokenizer(tokenizer, folder)
     update_tangoflux({f"text_encoder.{name}": t for name, t in _untied(audio).items()})
-    path = common.TANGOFLUX / "config.json"
-    common.save_json(common.load_json(path) | {"text_encoder_name": "text_encoder"}, path)
-    common.note("text_training", {"minutes": minutes, "steps": steps, "captions": CAPTIONS})
+    path = recipe.TANGOFLUX / "config.json"
+    recipe.save_json(recipe.load_json(path) | {"text_encoder_name": "text_encoder"}, path)
+    recipe.note("text_training", {"minutes": minutes, "steps": steps, "captions": CAPTIONS})

@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderOobleck
 from diffusers.models.autoencoders.autoencoder_oobleck import Snake1d
 
-from tools.backbones import common
-from tools.backbones.clips import HOP, SAMPLE_RATE, WINDOW_FRAMES, WINDOW_LATENTS, open_cache
+from playground.backbones import recipe
+from playground.backbones.clips import HOP, SAMPLE_RATE, WINDOW_FRAMES, WINDOW_LATENTS, open_cache
 
 CONFIG: dict[str, Any] = {
     "encoder_hidden_size": 32, "downsampling_ratios": [8, 4, 4, 4],
@@ -144,9 +144,9 @@ def window_of(audio: np.ndarray) -> torch.Tensor:
 
 def save(vae: AutoencoderOobleck) -> None:
     """vae.safetensors, and its arguments under "vae" in TangoFlux's config.json."""
-    common.save_tensors(vae.state_dict(), common.TANGOFLUX, "vae")
-    path = common.TANGOFLUX / "config.json"
-    common.save_json(common.load_json(path) | {"vae": CONFIG}, path)
+    recipe.save_tensors(vae.state_dict(), recipe.TANGOFLUX, "vae")
+    path = recipe.TANGOFLUX / "config.json"
+    recipe.save_json(recipe.load_json(path) | {"vae": CONFIG}, path)
 
 
 def train(cache: Path, minutes: float, seed: int = 0) -> None:
@@ -161,13 +161,13 @@ def train(cache: Path, minutes: float, seed: int = 0) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99))
     teacher = Teacher(audio)
     print(f"audio_vae teacher explains {teacher.explained:.3f} of the variance", flush=True)
-    budget = common.Budget(minutes)
+    budget = recipe.Budget(minutes)
     average = torch.zeros(3)
     while budget.running():
-        common.set_learning_rate(budget, PEAK_RATE, optimizer)
+        recipe.set_learning_rate(budget, PEAK_RATE, optimizer)
         wave = _batch(audio, rng)
         loss, parts = _loss(vae, wave, teacher(wave), budget.progress < TEACHER_SHARE)
-        common.update(vae, loss, optimizer, clip=0.5)
+        recipe.update(vae, loss, optimizer, clip=0.5)
         average += (parts.detach() - average) * max(0.02, 1 / budget.step)
         if budget.step % 50 == 0:
             spectral, distance, std = average.tolist()
@@ -176,4 +176,4 @@ def train(cache: Path, minutes: float, seed: int = 0) -> None:
         if budget.save_due():
             save(vae)
     save(vae)
-    common.note("audio_vae_training", {"minutes": minutes, "steps": budget.step, "seed": seed})
+    recipe.note("audio_vae_training", {"minutes": minutes, "steps": budget.step, "seed": seed})

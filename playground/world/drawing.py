@@ -6,7 +6,7 @@ visible. Balls are drawn as patches of their own size, all frames of one ball at
 
 import numpy as np
 
-from data.playground.physics import FLOOR, FPS, HEIGHT, SECONDS, WALL, WIDTH, Body
+from playground.world.physics import FLOOR, FPS, HEIGHT, SECONDS, WALL, WIDTH, Body
 
 FRAMES = round(FPS * SECONDS)
 COLOURS = {

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.playground import describe, make_clip
 from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
-from tools.backbones import common
-from tools.backbones.audio_vae import window_of
-from tools.backbones.clips import FIRST_FRAME, TRAIN_SEED, WINDOW_FRAMES, small_clip
-from tools.backbones.video_vae import to_tensor
-from tools.backbones.whole_sequence import encode, whole_sequence
+from playground.backbones import recipe
+from playground.backbones.audio_vae import window_of
+from playground.backbones.clips import FIRST_FRAME, TRAIN_SEED, WINDOW_FRAMES, small_clip
+from playground.backbones.video_vae import to_tensor
+from playground.backbones.whole_sequence import encode, whole_sequence
+from playground.world.clip import describe, make_clip
 
 VIDEO_TEXT_LENGTH = 64  # rows the tiny video tower attends to (512 in the released one)
 TEXTS = 512  # captions encoded at once
@@ -53,8 +53,8 @@ def encode_clip(
 def encode_captions(video_captions: list[str], audio_captions: list[str]) -> Texts:
     """Text states of both encoders, padded as the towers expect them."""
     count = len(video_captions)
-    encoder = VideoTextEncoder.from_folder(common.WAN, "cpu", max_length=VIDEO_TEXT_LENGTH)
-    other = AudioTextEncoder.from_folder(common.TANGOFLUX, "cpu")
+    encoder = VideoTextEncoder.from_folder(recipe.WAN, "cpu", max_length=VIDEO_TEXT_LENGTH)
+    other = AudioTextEncoder.from_folder(recipe.TANGOFLUX, "cpu")
     video = torch.zeros(count, VIDEO_TEXT_LENGTH, encoder.width)
     audio, mask = [], []
     for start in range(0, count, TEXTS):
@@ -69,7 +69,7 @@ def encode_captions(video_captions: list[str], audio_captions: list[str]) -> Tex
 @torch.no_grad()
 def _encode_video(indices: range) -> torch.Tensor:
     torch.set_num_threads(1)
-    wrapped = VideoVAE.from_folder(common.WAN, "cpu")
+    wrapped = VideoVAE.from_folder(recipe.WAN, "cpu")
     vae, parts = whole_sequence(wrapped.vae), []
     for index in indices:
         frames, _ = small_clip(make_clip(TRAIN_SEED, index))
@@ -80,7 +80,7 @@ def _encode_video(indices: range) -> torch.Tensor:
 
 def _encode_audio(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
     torch.set_num_threads(1)
-    vae = AudioVAE.from_folder(common.TANGOFLUX, "cpu")
+    vae = AudioVAE.from_folder(recipe.TANGOFLUX, "cpu")
     clips = (small_clip(make_clip(TRAIN_SEED, index)) for index in indices)
     parts = [vae.encode(window_of(sound)) for _, sound in clips]
     return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
@@ -105,7 +105,7 @@ def open_latents(cache: Path, kind: str) -> Latents:
     """Latents of one kind with the captions of all clips; the other kind stays empty."""
     path = cache / f"{kind}.pt"
     if not path.is_file():
-        command = f"python -m tools.backbones {kind}_latents"
+        command = f"python -m playground.backbones {kind}_latents"
         raise FileNotFoundError(f"no {path}; write it with `{command}`")
     stored = torch.load(path, weights_only=True)
     count = len(stored) if kind == "video" else len(stored[0])

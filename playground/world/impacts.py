@@ -7,7 +7,7 @@ processes that are not tied to anything visible.
 
 import numpy as np
 
-from data.playground.physics import SECONDS, WIDTH, Event
+from playground.world.physics import SECONDS, WIDTH, Event
 
 SAMPLE_RATE = 48_000
 SAMPLES = round(SAMPLE_RATE * SECONDS)

@@ -2,7 +2,7 @@
 
 A clip is a pure function of (seed, index). Three of four clips are tight (balls of one material in
 a box; each impact is heard when and where it is seen), the fourth is loose (rain, wind, drifting
-clouds with sound that belongs to no single event). `python -m data.playground` writes them as mp4
+clouds with sound that belongs to no single event). `python -m playground.world` writes them as mp4
 files with a manifest, so that they enter through the same door as any user's clips.
 """
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.playground import captions, render, sound
-from data.playground.physics import FPS, MOTION_NAMES, Event, Motion, draw_bodies, simulate
+from playground.world import drawing, impacts, wording
+from playground.world.physics import FPS, MOTION_NAMES, Event, Motion, draw_bodies, simulate
 
-MATERIALS = tuple(sound.MODES)
-COLOURS = tuple(render.COLOURS)
-SCENES = tuple(render.AMBIENT)
+MATERIALS = tuple(impacts.MODES)
+COLOURS = tuple(drawing.COLOURS)
+SCENES = tuple(drawing.AMBIENT)
 LOOSE_SHARE = 0.25
 __all__ = ["COLOURS", "FPS", "MATERIALS", "SCENES", "Clip", "Facts", "describe", "make_clip"]
 
@@ -57,7 +57,7 @@ def _describe_loose(seed: int, index: int) -> tuple[Facts, float]:
     scene = SCENES[int(rng.integers(len(SCENES)))]
     # two separate levels, so that the words "light" and "heavy" are never a matter of taste
     strength = float(rng.uniform(0.0, 0.3) + 0.7 * rng.integers(2))
-    video, audio = captions.ambient(_stream(seed, index, "caption"), scene, strength)
+    video, audio = wording.ambient(_stream(seed, index, "caption"), scene, strength)
     name = f"playground-{seed}-{index:06d}"
     return Facts(name, "loose", scene, "", (), (), "", [], video, audio), strength
 
@@ -68,13 +68,13 @@ def _describe_tight(seed: int, index: int) -> tuple[Facts, list, Motion]:
     count = int(rng.integers(1, 4))
     colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:count]]
     motion = MOTION_NAMES[int(rng.integers(len(MOTION_NAMES)))]
-    scene = list(render.BACKDROPS)[int(rng.integers(len(render.BACKDROPS)))]
+    scene = list(drawing.BACKDROPS)[int(rng.integers(len(drawing.BACKDROPS)))]
     bodies = draw_bodies(rng, colours, material, motion)
     run = simulate(bodies, material)
     words = _stream(seed, index, "caption")
-    video = captions.balls_video(words, colours, material, motion, scene)
-    audio = captions.balls_audio(
-        words, material, [sound.loudness(event, material) for event in run.events]
+    video = wording.balls_video(words, colours, material, motion, scene)
+    audio = wording.balls_audio(
+        words, material, [impacts.loudness(event, material) for event in run.events]
     )
     radii = tuple(body.radius for body in bodies)
     name = f"playground-{seed}-{index:06d}"
@@ -96,11 +96,11 @@ def make_clip(seed: int, index: int) -> Clip:
     noise = _stream(seed, index, "noise")
     if _is_loose(seed, index):
         facts, strength = _describe_loose(seed, index)
-        frames = render.AMBIENT[facts.scene](_stream(seed, index, "draw"), strength)
-        audio = sound.AMBIENT[facts.scene](noise, strength)
-        positions = np.zeros((render.FRAMES, 0, 2))
-        return Clip(facts, render.to_uint8(frames), audio, positions, np.zeros(render.FRAMES))
+        frames = drawing.AMBIENT[facts.scene](_stream(seed, index, "draw"), strength)
+        audio = impacts.AMBIENT[facts.scene](noise, strength)
+        positions = np.zeros((drawing.FRAMES, 0, 2))
+        return Clip(facts, drawing.to_uint8(frames), audio, positions, np.zeros(drawing.FRAMES))
     facts, bodies, run = _describe_tight(seed, index)
-    frames = render.draw_balls(facts.scene, bodies, facts.material, run.positions)
-    audio = sound.impacts(run.events, list(facts.radii), facts.material, noise)
-    return Clip(facts, render.to_uint8(frames), audio, run.positions, run.energy)
+    frames = drawing.draw_balls(facts.scene, bodies, facts.material, run.positions)
+    audio = impacts.impacts(run.events, list(facts.radii), facts.material, noise)
+    return Clip(facts, drawing.to_uint8(frames), audio, run.positions, run.energy)

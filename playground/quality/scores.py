@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.playground import COLOURS, Facts
-from data.playground.render import COLOURS as RGB
-from data.playground.sound import loudness
-from tools.backbones.audio_vae import WINDOW_START
-from tools.backbones.clips import SAMPLE_RATE
+from playground.backbones.audio_vae import WINDOW_START
+from playground.backbones.clips import SAMPLE_RATE
+from playground.world.clip import COLOURS, Facts
+from playground.world.drawing import COLOURS as RGB
+from playground.world.impacts import loudness
 
 MISSED_PIXELS = 20.0  # the error counted for a ball that is gone from the decoded picture
 SEARCH_SECONDS = 0.060

@@ -1,6 +1,6 @@
 """Write playground clips as ordinary mp4 files with a manifest.
 
-    python -m data.playground out/ --clips 60 --seed 0 --validation 12 --processes 2
+    python -m playground.world out/ --clips 60 --seed 0 --validation 12 --processes 2
 
 writes out/clips/<id>.mp4, out/manifest.jsonl (what `python -m data.prepare` reads) and
 out/events.jsonl (ground truth: impacts, materials, colours, in pixels and seconds). Clip `index`
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from data.arguments import non_negative, positive
 from data.clips.mux import write_clip
-from data.playground import FPS, Clip, make_clip
-from data.playground.sound import SAMPLE_RATE
+from playground.world.clip import FPS, Clip, make_clip
+from playground.world.impacts import SAMPLE_RATE
 
 
 def _manifest_record(clip: Clip, split: str) -> dict:
@@ -58,7 +58,7 @@ def write_clips(out: Path, clips: int, validation: int, seed: int, processes: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.playground", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m playground.world", description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--clips", type=positive, default=60, help="training clips")
     parser.add_argument("--validation", type=non_negative, default=0,

@@ -1,16 +1,16 @@
 """Train and measure the tiny backbones of the built-in world, in the released layouts.
 
-    python -m tools.backbones clips         --cache .cache/world --count 1536
-    python -m tools.backbones video_vae     --cache .cache/world --minutes 40
-    python -m tools.backbones audio_vae     --cache .cache/world --minutes 40
-    python -m tools.backbones text          --minutes 8
-    python -m tools.backbones video_latents --cache .cache/world --count 16384
-    python -m tools.backbones audio_latents --cache .cache/world --count 3072
-    python -m tools.backbones video_decoder --cache .cache/world --minutes 43
-    python -m tools.backbones video_fold    --cache .cache/world --channels 16
-    python -m tools.backbones video_tower   --cache .cache/world --minutes 120 --threads 2
-    python -m tools.backbones audio_tower   --cache .cache/world --minutes 25
-    python -m tools.backbones measure
+    python -m playground.backbones clips         --cache .cache/world --count 1536
+    python -m playground.backbones video_vae     --cache .cache/world --minutes 40
+    python -m playground.backbones audio_vae     --cache .cache/world --minutes 40
+    python -m playground.backbones text          --minutes 8
+    python -m playground.backbones video_latents --cache .cache/world --count 16384
+    python -m playground.backbones audio_latents --cache .cache/world --count 3072
+    python -m playground.backbones video_decoder --cache .cache/world --minutes 43
+    python -m playground.backbones video_fold    --cache .cache/world --channels 16
+    python -m playground.backbones video_tower   --cache .cache/world --minutes 120 --threads 2
+    python -m playground.backbones audio_tower   --cache .cache/world --minutes 25
+    python -m playground.backbones measure
 
 in this order rebuild weights/playground/{wan,tangoflux}. A step runs on one CPU core unless it
 says otherwise, and each measured number comes from clips of another seed than the training clips.
@@ -27,7 +27,7 @@ COMMANDS = ("clips", "video_vae", "audio_vae", "text", "video_latents", "audio_l
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.backbones", description=__doc__,
+        prog="python -m playground.backbones", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS)
@@ -45,35 +45,35 @@ def main() -> None:
     args = _parse()
     torch.set_num_threads(args.threads)
     if args.command == "clips":
-        from tools.backbones.clips import TRAIN_SEED, build_cache
+        from playground.backbones.clips import TRAIN_SEED, build_cache
 
         build_cache(args.cache, TRAIN_SEED, args.count, args.processes)
     elif args.command == "video_vae":
-        from tools.backbones import video_vae
+        from playground.backbones import video_vae
 
         video_vae.train(args.cache, args.minutes, args.resume)
     elif args.command == "video_decoder":
-        from tools.backbones import video_vae
+        from playground.backbones import video_vae
 
         video_vae.train_decoder(args.cache, args.minutes)
     elif args.command == "video_fold":
-        from tools.backbones import fold
+        from playground.backbones import fold
 
         fold.run(args.cache, args.channels)
     elif args.command == "audio_vae":
-        from tools.backbones import audio_vae
+        from playground.backbones import audio_vae
 
         audio_vae.train(args.cache, args.minutes)
     elif args.command == "text":
-        from tools.backbones import text
+        from playground.backbones import text
 
         text.train(args.minutes)
     elif args.command == "measure":
-        from tools.backbones import measure
+        from playground.quality import measure
 
         measure.main()
     else:
-        from tools.backbones import towers
+        from playground.backbones import towers
 
         towers.run(args.command, args.cache, args.count, args.minutes, args.processes,
                    args.resume)

@@ -20,10 +20,10 @@ from model.towers.audio_dit import AudioDiT
 from model.weights.load import load_pretrained
 from model.weights.names import TANGOFLUX_NAMES, released_name
 from model.weights.released import WAN_FIXED
-from tools.backbones import common
-from tools.backbones.clips import WINDOW_FRAMES
-from tools.backbones.latents import Latents, build, encode_captions, open_latents
-from tools.backbones.text import update_tangoflux
+from playground.backbones import recipe
+from playground.backbones.clips import WINDOW_FRAMES
+from playground.backbones.latents import Latents, build, encode_captions, open_latents
+from playground.backbones.text import update_tangoflux
 
 VIDEO = VideoDiTConfig(
     num_attention_heads=6, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=96,
@@ -55,13 +55,13 @@ def _save_pipeline_files() -> None:
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     index = {"_class_name": "WanPipeline", "expand_timesteps": True} | parts
-    common.save_json(index, common.WAN / "model_index.json")
+    recipe.save_json(index, recipe.WAN / "model_index.json")
     scheduler = {
         "_class_name": "UniPCMultistepScheduler", "flow_shift": VIDEO_FLOW.shift,
         "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
     }
-    common.save_json(scheduler, common.WAN / "scheduler" / "scheduler_config.json")
+    recipe.save_json(scheduler, recipe.WAN / "scheduler" / "scheduler_config.json")
 
 
 class VideoTower(nn.Module):
@@ -82,16 +82,16 @@ class VideoTower(nn.Module):
         return torch.randn_like(batch.video)
 
     def load(self) -> None:
-        load_pretrained(self.model, common.WAN, None)
+        load_pretrained(self.model, recipe.WAN, None)
 
     def save(self) -> None:
         state = self.model.state_dict()
         names = {name: released_name(name, self.model.config) for name in state}
         tensors = {value[1]: state[name] for name, value in names.items() if value is not None}
-        folder = common.WAN / "transformer"
-        common.save_tensors(tensors, folder, "diffusion_pytorch_model")
+        folder = recipe.WAN / "transformer"
+        recipe.save_tensors(tensors, folder, "diffusion_pytorch_model")
         config = {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(VIDEO)} | WAN_FIXED
-        common.save_json(config, folder / "config.json")
+        recipe.save_json(config, folder / "config.json")
         _save_pipeline_files()
 
 
@@ -124,7 +124,7 @@ class AudioTower(nn.Module):
         return torch.randn(2, *batch.audio_mean.shape)
 
     def load(self) -> None:
-        with safe_open(common.TANGOFLUX / "tangoflux.safetensors", framework="pt") as file:
+        with safe_open(recipe.TANGOFLUX / "tangoflux.safetensors", framework="pt") as file:
             names = self.model.state_dict()
             state = {name: file.get_tensor(self.released(name)).float() for name in names}
         self.model.load_state_dict(state)
@@ -140,8 +140,8 @@ class AudioTower(nn.Module):
     def save(self) -> None:
         state = self.model.state_dict()
         update_tangoflux({self.released(name): tensor for name, tensor in state.items()})
-        path = common.TANGOFLUX / "config.json"
-        common.save_json(common.load_json(path) | dataclasses.asdict(AUDIO), path)
+        path = recipe.TANGOFLUX / "config.json"
+        recipe.save_json(recipe.load_json(path) | dataclasses.asdict(AUDIO), path)
 
 
 def _drop_captions(batch: Latents, empty: Latents, share: float) -> Latents:
@@ -190,15 +190,15 @@ def train(
     optimizers = _optimizers(tower)
     tower_loss = torch.compile(tower.loss)  # minutes once, then a step takes 0.7 of its time
     average = copy.deepcopy(tower).requires_grad_(False)
-    budget, smooth = common.Budget(minutes), 0.0
+    budget, smooth = recipe.Budget(minutes), 0.0
     while budget.running():
-        common.set_learning_rate(budget, PEAK_RATE, *optimizers)
+        recipe.set_learning_rate(budget, PEAK_RATE, *optimizers)
         batch = _take(latents, torch.randint(len(latents.video), (BATCH,)))
         batch = _drop_captions(batch, empty, VIDEO_FLOW.caption_dropout)
         u = (torch.randperm(BATCH) + torch.rand(BATCH)) / BATCH  # stratified: less noise in t
         with torch.autocast("cpu", torch.bfloat16):
             loss = tower_loss(batch, u.clamp(1e-4, 1 - 1e-4), tower.draw_noise(batch)).mean()
-        common.update(tower, loss, *optimizers)
+        recipe.update(tower, loss, *optimizers)
         _follow(average, tower, min(AVERAGE_DECAY, budget.step / (budget.step + 10)))
         smooth += (loss.item() - smooth) * max(0.01, 1 / budget.step)
         if budget.step % 100 == 0:
@@ -208,7 +208,7 @@ def train(
             average.save()
     average.save()
     facts = {"minutes": minutes, "steps": budget.step, "seed": seed}
-    common.note(f"{name}_training", facts | {"threads": torch.get_num_threads()})
+    recipe.note(f"{name}_training", facts | {"threads": torch.get_num_threads()})
 
 
 def run(

@@ -10,21 +10,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.playground import Facts, describe, make_clip
 from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVAE
 from model.sampling import Prompts, sample
-from tools.backbones import common, metrics, text
-from tools.backbones.audio_vae import window_of
-from tools.backbones.clips import (
+from playground.backbones import recipe, text
+from playground.backbones.audio_vae import window_of
+from playground.backbones.clips import (
     FIRST_FRAME,
     HELD_OUT_SEED,
     SAMPLE_RATE,
     WINDOW_FRAMES,
     small_clip,
 )
-from tools.backbones.latents import Latents, encode_captions, encode_clip
-from tools.backbones.recognise import judge
-from tools.backbones.towers import VIDEO_FLOW, AudioTower, VideoTower
+from playground.backbones.latents import Latents, encode_captions, encode_clip
+from playground.backbones.towers import VIDEO_FLOW, AudioTower, VideoTower
+from playground.quality import scores
+from playground.quality.recognise import judge
+from playground.world.clip import Facts, describe, make_clip
 
 CLIPS = 48
 PROBE_TRAIN, PROBE_TEST = 1200, 400
@@ -50,8 +51,8 @@ class Reconstruction:
 
 
 def reconstruct(indices: range) -> list[Reconstruction]:
-    video_vae = VideoVAE.from_folder(common.WAN, "cpu")
-    audio_vae = AudioVAE.from_folder(common.TANGOFLUX, "cpu")
+    video_vae = VideoVAE.from_folder(recipe.WAN, "cpu")
+    audio_vae = AudioVAE.from_folder(recipe.TANGOFLUX, "cpu")
     return [Reconstruction(index, video_vae, audio_vae) for index in indices]
 
 
@@ -59,11 +60,11 @@ def vae_quality(clips: list[Reconstruction]) -> dict:
     """PSNR, centre errors (pixels at 96x64), onset errors (ms), latent scale, encode time."""
     by_class: dict[str, list[float]] = {"tight": [], "loose": []}
     for clip in clips:
-        by_class[clip.facts.clip_class].append(metrics.psnr(clip.decoded, clip.source))
+        by_class[clip.facts.clip_class].append(scores.psnr(clip.decoded, clip.source))
     every = by_class["tight"] + by_class["loose"]
-    centre = np.concatenate([metrics.centre_errors(c.decoded, c.source, c.facts) for c in clips])
+    centre = np.concatenate([scores.centre_errors(c.decoded, c.source, c.facts) for c in clips])
     onset = np.concatenate(
-        [metrics.onset_errors(c.decoded_wave, c.wave, c.facts) for c in clips]
+        [scores.onset_errors(c.decoded_wave, c.wave, c.facts) for c in clips]
     )
     means = torch.cat([c.mean for c in clips])
     return {
@@ -71,7 +72,7 @@ def vae_quality(clips: list[Reconstruction]) -> dict:
         "psnr_db": {"mean": float(np.mean(every)), "worst": min(every)}
         | {name: float(np.mean(values)) for name, values in by_class.items() if values},
         "ball_centre_error_px": _spread(centre)
-        | {"missed_share": float((centre == metrics.MISSED_PIXELS).mean())},
+        | {"missed_share": float((centre == scores.MISSED_PIXELS).mean())},
         "onset_error_ms": _spread(onset) | {"within_20_ms": float((onset <= 20).mean())},
         "audio_latent_std": float(means.std()),
         "encode_seconds_per_clip": float(np.median([c.encode_seconds for c in clips])),
@@ -99,18 +100,18 @@ def text_quality(train: int = PROBE_TRAIN, test: int = PROBE_TEST) -> dict:
     """Accuracy of linear probes fitted on training-seed captions, tested on held-out ones."""
     fit = [describe(1, 200_000 + index) for index in range(train)]
     held = [describe(HELD_OUT_SEED, 1000 + index) for index in range(test)]
-    video = VideoTextEncoder.from_folder(common.WAN, "cpu", max_length=64)
-    audio = AudioTextEncoder.from_folder(common.TANGOFLUX, "cpu")
+    video = VideoTextEncoder.from_folder(recipe.WAN, "cpu", max_length=64)
+    audio = AudioTextEncoder.from_folder(recipe.TANGOFLUX, "cpu")
     x = [_pooled(video, [f.video_caption for f in facts]) for facts in (fit, held)]
     y = [torch.tensor([text.video_labels(f) for f in facts]) for facts in (fit, held)]
-    right = [metrics.probe(x[0], y[0][:, i], x[1], y[1][:, i]) for i in range(y[0].shape[1])]
+    right = [scores.probe(x[0], y[0][:, i], x[1], y[1][:, i]) for i in range(y[0].shape[1])]
     x = [_pooled(audio, [f.audio_caption for f in facts]) for facts in (fit, held)]
     y = [torch.tensor([text.audio_labels(f) for f in facts]) for facts in (fit, held)]
-    heard = [metrics.probe(x[0], y[0][:, i], x[1], y[1][:, i]) for i in range(y[0].shape[1])]
+    heard = [scores.probe(x[0], y[0][:, i], x[1], y[1][:, i]) for i in range(y[0].shape[1])]
     names = ("count", "material", "motion", "ambience")
     return {
         "captions": test,
-        "video": {"colours": metrics.colour_set_right(right)}
+        "video": {"colours": scores.colour_set_right(right)}
         | {name: float(r.float().mean()) for name, r in zip(names, right[6:], strict=True)},
         "audio": {
             name: float(r.float().mean())
@@ -137,7 +138,7 @@ def held_out_latents(clips: list[Reconstruction]) -> Latents:
 
 
 @torch.no_grad()
-def caption_gain(tower: VideoTower | AudioTower, latents: Latents) -> metrics.CaptionGain:
+def caption_gain(tower: VideoTower | AudioTower, latents: Latents) -> scores.CaptionGain:
     """Loss with right and with shuffled captions, same t and noise for both."""
     count = len(latents.video)
     other = torch.arange(count).roll(count // 2 + 1)
@@ -152,7 +153,7 @@ def caption_gain(tower: VideoTower | AudioTower, latents: Latents) -> metrics.Ca
         right += tower.loss(latents, u, noise) / len(NOISE_LEVELS)
         wrong += tower.loss(shuffled, u, noise) / len(NOISE_LEVELS)
     wins = float((right < wrong).float().mean())
-    return metrics.CaptionGain(float(right.mean()), float(wrong.mean()), wins)
+    return scores.CaptionGain(float(right.mean()), float(wrong.mean()), wins)
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def sampled_quality(tower: VideoTower, shape: torch.Size, count: int = SAMPLED) 
     facts = [describe(HELD_OUT_SEED, 2000 + index) for index in range(2 * count)]
     facts = [f for f in facts if f.clip_class == "tight"][:count]
     texts = encode_captions([f.video_caption for f in facts] + [""], [""] * (count + 1)).video
-    vae = VideoVAE.from_folder(common.WAN, "cpu")
+    vae = VideoVAE.from_folder(recipe.WAN, "cpu")
     noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
 
     def velocity(
@@ -188,8 +189,8 @@ def sampled_quality(tower: VideoTower, shape: torch.Size, count: int = SAMPLED) 
 
 
 def _sizes() -> dict:
-    files = sorted(common.WEIGHTS.rglob("*.safetensors"))
-    sizes = {str(path.relative_to(common.WEIGHTS)): path.stat().st_size for path in files}
+    files = sorted(recipe.WEIGHTS.rglob("*.safetensors"))
+    sizes = {str(path.relative_to(recipe.WEIGHTS)): path.stat().st_size for path in files}
     return {"files": sizes, "total_mb": round(sum(sizes.values()) / 1e6, 2)}
 
 
@@ -229,11 +230,12 @@ def write_report(quality: dict, path: Path) -> None:
     training = {k: v for k, v in quality.items() if k.endswith("_training")}
     lines = [
         "# Quality of the built-in world's backbones", "",
-        f"Measured by `python -m tools.backbones measure` on {vae['clips']} held-out clips and "
-        f"{words['captions']} held-out captions (seed {HELD_OUT_SEED}; training uses seed 1).", "",
+        f"Measured by `python -m playground.backbones measure` on {vae['clips']} held-out clips "
+        f"and {words['captions']} held-out captions (seed {HELD_OUT_SEED}; training uses "
+        "seed 1).", "",
         "| what | measured | asked |", "| --- | --- | --- |",
         *(f"| {' | '.join(row)} |" for row in rows), "",
-        "Training on CPU threads (see `python -m tools.backbones --help`):", "",
+        "Training on CPU threads (see `python -m playground.backbones --help`):", "",
         "| command | minutes | threads | steps |", "| --- | --- | --- | --- |",
         *(f"| {k.removesuffix('_training')} | {v['minutes']:g} | {v.get('threads', 1)} "
           f"| {v['steps']} |" for k, v in training.items()), "",
@@ -247,17 +249,17 @@ def write_report(quality: dict, path: Path) -> None:
 
 def main() -> None:
     clips = reconstruct(range(CLIPS))
-    common.note("vae", vae_quality(clips))
-    common.note("text", text_quality())
+    recipe.note("vae", vae_quality(clips))
+    recipe.note("text", text_quality())
     latents = held_out_latents(clips)
     video, audio = load_towers()
     gains = {"video": caption_gain(video, latents), "audio": caption_gain(audio, latents)}
-    common.note("towers", {name: gain._asdict() for name, gain in gains.items()})
-    common.note("sampled", sampled_quality(video, latents.video.shape[1:]))
-    common.note("sizes", _sizes())
-    quality = common.load_json(common.WEIGHTS / "quality.json")
-    write_report(quality, common.WEIGHTS / "QUALITY.md")
-    print((common.WEIGHTS / "QUALITY.md").read_text())
+    recipe.note("towers", {name: gain._asdict() for name, gain in gains.items()})
+    recipe.note("sampled", sampled_quality(video, latents.video.shape[1:]))
+    recipe.note("sizes", _sizes())
+    quality = recipe.load_json(recipe.WEIGHTS / "quality.json")
+    write_report(quality, recipe.WEIGHTS / "QUALITY.md")
+    print((recipe.WEIGHTS / "QUALITY.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How good the tiny backbones and what is sampled with them are."""

@@ -1,0 +1,1 @@
+"""The built-in world of balls and rain; `python -m playground.world --help`."""
