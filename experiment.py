@@ -17,14 +17,14 @@ from model.flow import FlowConfig
 from model.weights.from_files import config_from_files
 from model.weights.load import check_weights
 from training.check import report_lines
+from training.checkpoint.contents import MANIFEST, read_manifest
+from training.checkpoint.resume import check_resume, describe_run
+from training.checkpoint.retention import Found, complete_tags
+from training.checkpoint.run_dir import CheckpointError
 from training.distributed import World
 from training.ds_config import complete_ds_config, read_ds_config
 from training.engine import OptimizerConfig
 from training.guard import GuardConfig
-from training.manifest import MANIFEST, read_manifest
-from training.resume import check_resume, describe_run
-from training.run_dir import CheckpointError
-from training.tags import Found, complete_tags
 from training.watchdog import WatchdogConfig
 
 

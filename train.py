@@ -35,7 +35,11 @@ from model.weights.selfcheck import check_stitch, describe
 from tools.watching import Bench
 from training import engine as ds
 from training.card import write_start
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint.resume import check_resume
+from training.checkpoint.retention import Retention, find_checkpoint
+from training.checkpoint.run_dir import CheckpointError, SaveError
+from training.checkpoint.run_lock import lock_run
+from training.checkpoint.save_load import load_checkpoint, save_checkpoint
 from training.console import budget, rank_log, summary
 from training.distributed import (
     World,
@@ -51,11 +55,7 @@ from training.guard import EXIT_CODE as BAD_NUMBERS
 from training.guard import BadNumbersError, Drawn
 from training.health import Health, group_places
 from training.metrics import Clock, MetricWriter
-from training.resume import check_resume
-from training.run_dir import CheckpointError, SaveError
-from training.run_lock import lock_run
 from training.safety import Agreed, Safety
-from training.tags import Retention, find_checkpoint
 from training.watch import Scale, Watch
 
 # One line says it all, the same on every rank: no traceback, no folder of failures.

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint.contents import read_manifest
+from training.checkpoint.retention import Retention, find_checkpoint
+from training.checkpoint.save_load import load_checkpoint, save_checkpoint
 from training.distributed import World, barrier, resolve_world, shutdown, start
 from training.ds_config import complete_ds_config
 from training.ema import EMA
 from training.engine import OptimizerConfig, build_engine, build_sharded
-from training.manifest import read_manifest
-from training.tags import Retention, find_checkpoint
 
 WIDTH = 1024
 

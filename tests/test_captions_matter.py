@@ -12,7 +12,7 @@ from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from tests.support.launch import run
-from training.checkpoint import read_weights
+from training.checkpoint.save_load import read_weights
 
 TRAIN, HELD_OUT, STEPS = 16, 10, 16
 

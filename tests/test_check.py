@@ -13,10 +13,10 @@ from experiment import RunConfig, about_run, build_plan
 from tests.support.faults import write_world
 from tests.support.launch import ROOT
 from training.check import sources
-from training.checkpoint import write_weights
+from training.checkpoint.contents import read_manifest, write_manifest
+from training.checkpoint.save_load import write_weights
 from training.distributed import World
 from training.ds_config import OFFERED, check_ds_config, complete_ds_config, read_ds_config
-from training.manifest import read_manifest, write_manifest
 
 MICRO = {"train_micro_batch_size_per_gpu": 1}
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

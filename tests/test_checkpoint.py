@@ -15,15 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.launch import run_ranks, start_ranks
-from training import tags
-from training.checkpoint import read_weights, write_weights
+from training.checkpoint import retention
+from training.checkpoint.contents import FORMAT, MANIFEST, Manifest, read_manifest, write_manifest
+from training.checkpoint.retention import (
+    PROTECTED,
+    Retention,
+    complete_tags,
+    find_checkpoint,
+    prune,
+)
+from training.checkpoint.run_dir import CheckpointError
+from training.checkpoint.save_load import read_weights, write_weights
+from training.checkpoint.slices import Slice, SliceReader, file_sha256, write_slices
 from training.distributed import World
-from training.manifest import FORMAT, MANIFEST, Manifest, read_manifest, write_manifest
-from training.run_dir import CheckpointError
 from training.shards import Piece, Shard
 from training.status import newest_step
-from training.storage import Slice, SliceReader, file_sha256, write_slices
-from training.tags import PROTECTED, Retention, complete_tags, find_checkpoint, prune
 
 WORKER = "tests/support/workers/checkpoint_worker.py"
 ALONE = World(0, 1, 0, 1, "alone")
@@ -106,7 +112,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
     """SIGKILL of a process that only saves: what is left is the last whole one, or none yet."""
     code = (
         "import sys, torch; from pathlib import Path\n"
-        "from training.checkpoint import write_weights\n"
+        "from training.checkpoint.save_load import write_weights\n"
         "print('ready', flush=True)\n"
         "for step in range(1, 10**6):\n"
         "    write_weights(Path(sys.argv[1]), step, {'w': torch.full((200_000,), float(step))})\n"
@@ -268,7 +274,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, mo
             raise OSError(5, "Input/output error")
         return file_sha256(path)
 
-    monkeypatch.setattr(tags, "file_sha256", erring)
+    monkeypatch.setattr(retention, "file_sha256", erring)
     found = find_checkpoint(tmp_path, ALONE)
     assert found.tag == older and "Input/output error" in found.unread[newer]
     assert not found.damaged

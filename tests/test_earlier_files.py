@@ -21,7 +21,7 @@ from model import AVFullDiT
 from tests.support.encoded import FIXTURES, assert_same_sample
 from tests.support.launch import records, run_ranks
 from tools.export import export
-from training.checkpoint import read_weights
+from training.checkpoint.save_load import read_weights
 
 FOLDER = FIXTURES / "bfb3d05"
 MANIFEST, PREPARED = str(FOLDER / "manifest.jsonl"), FOLDER / "prepared"

@@ -10,7 +10,7 @@ from model import AVFullDiT, AVFullDiTConfig
 from model.weights.load import iter_pretrained
 from tests.test_sample_tool import call, change, copied, refused, trained  # noqa: F401
 from tools import export, sample
-from training.checkpoint import read_weights, write_weights
+from training.checkpoint.save_load import read_weights, write_weights
 
 
 def run_export(monkeypatch, *arguments) -> int:

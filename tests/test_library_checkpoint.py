@@ -1,7 +1,7 @@
 """Why DeepSpeed's own checkpoints are not used: each of their defects, shown in the library itself.
 
 A test that fails here after an upgrade says that a defect is gone. The numbers are those of the
-list of failure modes that training/checkpoint.py was designed against.
+list of failure modes that training/checkpoint/save_load.py was designed against.
 """
 
 import os

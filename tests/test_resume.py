@@ -1,4 +1,4 @@
-"""training/resume.py: what may change between a run and its resumption, and what is said."""
+"""resume.py: what may change between a run and its resumption, and what is said."""
 
 import copy
 import dataclasses
@@ -9,10 +9,10 @@ import pytest
 
 from data.loading.sources import DataConfig
 from experiment import RunConfig, SamplesConfig
-from training.manifest import Manifest
-from training.resume import FREE, changes, check_resume, check_same_model, describe_run
-from training.run_dir import CheckpointError
-from training.tags import Found
+from training.checkpoint.contents import Manifest
+from training.checkpoint.resume import FREE, changes, check_resume, check_same_model, describe_run
+from training.checkpoint.retention import Found
+from training.checkpoint.run_dir import CheckpointError
 from training.watchdog import WatchdogConfig
 
 CONFIG = {

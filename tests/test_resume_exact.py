@@ -14,8 +14,8 @@ import pytest
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import records, run_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
-from training.checkpoint import read_weights
-from training.manifest import read_manifest
+from training.checkpoint.contents import read_manifest
+from training.checkpoint.save_load import read_weights
 
 STEPS, GLOBAL_BATCH = 7, 4
 TAGS = ("train/loss_video", "train/loss_audio", "train/grad_norm")

@@ -4,8 +4,8 @@ import json
 import subprocess
 
 from training import card
+from training.checkpoint.run_dir import read_lines
 from training.distributed import World
-from training.run_dir import read_lines
 
 WORLD = World(0, 4, 0, 2, "srun")
 

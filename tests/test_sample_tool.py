@@ -12,7 +12,7 @@ from model import AVFullDiT
 from tests.support.inputs import prepared
 from tests.support.models import tiny, towers
 from tools import sample
-from training.checkpoint import write_weights
+from training.checkpoint.save_load import write_weights
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from data.schema import load_metadata, save_metadata
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import ROOT, records, run, run_ranks, start_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
+from training.checkpoint.run_dir import CheckpointError, SaveError
+from training.checkpoint.run_lock import lock_run
 from training.distributed import World
-from training.run_dir import CheckpointError, SaveError
-from training.run_lock import lock_run
 
 STEPS, SOME_STEPS, GLOBAL_BATCH = 10, 6, 8
 TAGS = ("train/loss_video", "train/loss_audio")
@@ -389,7 +389,7 @@ def test_sample_refuses_bad_input(runs, capsys, monkeypatch, arguments, message)
 @pytest.mark.slow
 def test_shipped_bf16_engines_train_save_resume_and_are_read(world):
     """zero1, zero2 and zero3 as shipped but for smaller buckets, on two ranks in bf16."""
-    from training.checkpoint import read_weights
+    from training.checkpoint.save_load import read_weights
 
     runs = {}
     for name in ("zero1", "zero2", "zero3"):

@@ -29,7 +29,7 @@ from tools import report
 from tools.gallery import write_gallery
 from tools.watching import Bench
 from training.attempt import AttemptError
-from training.checkpoint import read_weights
+from training.checkpoint.save_load import read_weights
 from training.distributed import World
 from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records

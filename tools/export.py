@@ -19,7 +19,7 @@ from model import AVFullDiT, AVFullDiTConfig
 from model.weights.hub import iter_tensors, one_line_errors, tangoflux_file
 from model.weights.load import TANGOFLUX_OTHER, PretrainedError, export_tangoflux, export_wan
 from model.weights.released import TANGOFLUX_OTHER_TENSORS
-from training.checkpoint import CheckpointError, read_weights
+from training.checkpoint.save_load import CheckpointError, read_weights
 
 RUN_FILES = ("run.json", "data.json")  # what sampling needs to know beside the model
 RESTORE = "restore it from a copy, or train again"

@@ -24,9 +24,9 @@ from model.sampling import Prompts, sample
 from tools.gallery import CAPTIONS, write_gallery
 from tools.render import Decoders, write_files, write_gif, write_wav
 from training.attempt import Attempt
+from training.checkpoint.run_dir import write_json
 from training.distributed import World
 from training.events import Events
-from training.run_dir import write_json
 
 
 @dataclass(frozen=True)

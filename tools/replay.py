@@ -24,9 +24,9 @@ from model.flow import FlowConfig
 from model.objective import Objective
 from model.variants import JointConfig
 from tools.export import load_model, read_run_file, read_setting
+from training.checkpoint.retention import complete_tags
+from training.checkpoint.run_dir import CheckpointError, step_of
 from training.guard import json_number
-from training.run_dir import CheckpointError, step_of
-from training.tags import complete_tags
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -19,9 +19,9 @@ from model.weights.hub import one_line_errors
 from model.weights.names import part_of
 from tools.export import RESTORE, read_run_file, read_setting
 from tools.plots import Curves
+from training.checkpoint.run_dir import read_lines
 from training.engine import count_by
 from training.metrics import format_seconds
-from training.run_dir import read_lines
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -28,8 +28,8 @@ from model.sampling import Prompts, sample
 from model.weights.hub import one_line_errors
 from tools.export import load_model, read_run_file, read_setting
 from tools.render import Decoders, write_files
-from training.checkpoint import CheckpointError
-from training.tags import tag_of
+from training.checkpoint.retention import tag_of
+from training.checkpoint.save_load import CheckpointError
 
 
 class Prompt(NamedTuple):

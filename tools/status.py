@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
-from training.manifest import MANIFEST, read_manifest, wrong_size
-from training.run_dir import CheckpointError, step_of, tags_in
+from training.checkpoint.contents import MANIFEST, read_manifest, wrong_size
+from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
 from training.status import HOPELESS, TIME_FORMAT, is_told, read_status
 
 RECENT = 20  # training records that speed and mean loss are taken from

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from training.checkpoint.run_dir import cut_torn_line
 from training.distributed import World
-from training.run_dir import cut_torn_line
 
 HERE = Path(__file__).parent  # any folder of the checkout
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",

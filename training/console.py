@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from training.checkpoint.run_dir import tags_in
 from training.distributed import World
 from training.metrics import NO_STEP, format_seconds, read_records
-from training.run_dir import tags_in
 
 RECENT = 50  # records from which the time of a step is taken
 

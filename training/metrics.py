@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from training.checkpoint.run_dir import cut_torn_line, keep_lines_before, read_lines, write_json
 from training.events import Events
-from training.run_dir import cut_torn_line, keep_lines_before, read_lines, write_json
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
 HELD_OUT = ("validation/loss_video", "validation/loss_audio")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
-from training.run_dir import step_of, tags_in
+from training.checkpoint.run_dir import step_of, tags_in
 
 HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"

@@ -24,8 +24,8 @@ from pathlib import Path
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import records, start_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
-from training.manifest import MANIFEST, read_manifest
-from training.tags import tag_of
+from training.checkpoint.contents import MANIFEST, read_manifest
+from training.checkpoint.retention import tag_of
 
 RANKS = 2
 LAUNCHER_WAITS = 8  # seconds before the ranks that do not end by themselves are killed

@@ -23,11 +23,12 @@ from tests.support.workers.checkpoint_worker import (
     state,
     train,
 )
-from training import checkpoint, manifest, storage, tags
+from training.checkpoint import contents, retention, save_load
+from training.checkpoint import slices as storage
+from training.checkpoint.run_dir import CheckpointError
+from training.checkpoint.run_lock import lock_run
 from training.distributed import World, barrier, leave, resolve_world, shutdown, start
 from training.ema import EMA
-from training.run_dir import CheckpointError
-from training.run_lock import lock_run
 
 
 def refused(message: str, action: Callable) -> None:
@@ -53,7 +54,7 @@ def flip(path: Path) -> None:
 
 
 def names_of(run_dir: Path) -> list[int]:
-    return [int(tag.name[4:]) for tag in tags.complete_tags(run_dir)]
+    return [int(tag.name[4:]) for tag in retention.complete_tags(run_dir)]
 
 
 def faults(folder: Path, world: World) -> None:
@@ -71,7 +72,7 @@ def faults(folder: Path, world: World) -> None:
         train(ours, step, world, ema)
         save(ours, run_dir, step, world, ema, last=2, every=3)
         if step == 1:
-            on_main(world, lambda: (root / tags.tag_of(1) / tags.PROTECTED).touch())
+            on_main(world, lambda: (root / retention.tag_of(1) / retention.PROTECTED).touch())
             on_main(world, lambda: (root / "step00000000").mkdir())  # a killed save's
     assert names_of(run_dir) == [1, 3, 6, 7]
     assert not (root / "step00000000").exists()
@@ -87,10 +88,10 @@ def faults(folder: Path, world: World) -> None:
 
     expected = state(ours, ema)
     for rank, error in ((1, OSError(28, "No space left on device")), (0, OSError(5, "I/O error"))):
-        checkpoint.write_slices = failing_on(rank, error)
+        save_load.write_slices = failing_on(rank, error)
         refused(f"rank {rank}: ", lambda: save(ours, run_dir, 8, world, ema))
-        checkpoint.write_slices = storage.write_slices
-        assert names_of(run_dir) == [1, 3, 6, 7] and not (root / tags.tag_of(8)).exists()
+        save_load.write_slices = storage.write_slices
+        assert names_of(run_dir) == [1, 3, 6, 7] and not (root / retention.tag_of(8)).exists()
     say("full disk on one rank: refused on all, the ones before are intact", world)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -98,7 +99,7 @@ def faults(folder: Path, world: World) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     refused("rank 1: [Errno 27] File too large", lambda: save(ours, run_dir, 8, world, ema))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names_of(run_dir) == [1, 3, 6, 7] and not (root / tags.tag_of(8)).exists()
+    assert names_of(run_dir) == [1, 3, 6, 7] and not (root / retention.tag_of(8)).exists()
     say("a file that grows no further: refused on all", world)
 
     read_only(folder, run_dir, ours, world)
@@ -117,29 +118,29 @@ def faults(folder: Path, world: World) -> None:
     os.statvfs = nearly_full
     refused("it needs 0.000 GB and 6 files", lambda: save(ours, run_dir, 8, world))
     os.statvfs = statvfs
-    assert not (root / tags.tag_of(8)).exists() and same(state(ours, ema), expected)
+    assert not (root / retention.tag_of(8)).exists() and same(state(ours, ema), expected)
     say("too little space: refused with the numbers before anything is written", world)
 
-    newest = root / tags.tag_of(7)
+    newest = root / retention.tag_of(7)
     for victim in ("weight-00000.safetensors", "ema-00001.safetensors",
-                   "exp_avg_sq-00000.safetensors", manifest.MANIFEST):
+                   "exp_avg_sq-00000.safetensors", contents.MANIFEST):
         kept = (newest / victim).read_bytes()
         on_main(world, lambda victim=victim: flip(newest / victim))
-        found = tags.find_checkpoint(run_dir, world)
-        assert found and found.tag.name == tags.tag_of(6) and victim in found.damaged[newest]
+        found = retention.find_checkpoint(run_dir, world)
+        assert found and found.tag.name == retention.tag_of(6) and victim in found.damaged[newest]
         on_main(world, lambda victim=victim, kept=kept: (newest / victim).write_bytes(kept))
     say("flipped bit: the one before is taken, which is told", world)
 
-    hashed = tags.file_sha256
+    hashed = retention.file_sha256
 
     def erring(path):
         if path.parent == newest:
             raise OSError(5, "Input/output error")
         return hashed(path)
 
-    tags.file_sha256 = erring if world.rank == 1 else hashed
+    retention.file_sha256 = erring if world.rank == 1 else hashed
     assert resume(build("stage3", world, seed=3), run_dir, world) == 6
-    tags.file_sha256 = hashed
+    retention.file_sha256 = hashed
     assert resume(build("stage3", world, seed=3), run_dir, world) == 7
     say("one that a rank could not read is passed over, and stays", world)
 
@@ -151,13 +152,13 @@ def faults(folder: Path, world: World) -> None:
     assert names_of(run_dir) == [1, 6, 8] and not newest.exists()
     say("a damaged one is not counted among the last two", world)
 
-    for tag in tags.complete_tags(run_dir):
+    for tag in retention.complete_tags(run_dir):
         on_main(world, lambda tag=tag: next(tag.glob("weight*")).unlink())
     refused("none can be resumed", lambda: resume(other, run_dir, world))
     say("no complete checkpoint: refused, not trained from scratch", world)
 
     def unfinish() -> None:
-        for path in run_dir.glob(f"checkpoints/*/{manifest.MANIFEST}"):
+        for path in run_dir.glob(f"checkpoints/*/{contents.MANIFEST}"):
             path.unlink()
 
     on_main(world, unfinish)
@@ -193,9 +194,9 @@ def slow_rank(run_dir: Path, made, ema: EMA, world: World) -> None:
             assert names_of(run_dir) == [1] and latest.read_text() == "step00000001\n"
         return storage.write_slices(path, slices)
 
-    checkpoint.write_slices = write
+    save_load.write_slices = write
     save(made, run_dir, 2, world, ema)
-    checkpoint.write_slices = storage.write_slices
+    save_load.write_slices = storage.write_slices
     assert names_of(run_dir) == [1, 2] and latest.read_text() == "step00000002\n"
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training import checkpoint, engine, manifest, tags
+from training import engine
+from training.checkpoint import contents, retention, save_load
 from training.distributed import (
     World,
     barrier,
@@ -108,16 +109,17 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def save(made, run_dir: Path, step: int, world: World, ema: EMA | None = None, **keep) -> Path:
-    tag = checkpoint.save_checkpoint(made, run_dir, step, {}, tags.Retention(**keep), world, ema)
+    tag = save_load.save_checkpoint(made, run_dir, step, {}, retention.Retention(**keep), world,
+                                    ema)
     barrier(world)  # rank 0 may still be deleting old ones
     return tag
 
 
 def resume(made, run_dir: Path, world: World, ema: EMA | None = None) -> int | None:
-    found = tags.find_checkpoint(run_dir, world)
+    found = retention.find_checkpoint(run_dir, world)
     if found is None:
         return None
-    checkpoint.load_checkpoint(made, found, world, ema)
+    save_load.load_checkpoint(made, found, world, ema)
     return found.manifest.step
 
 
@@ -150,8 +152,8 @@ def exact(folder: Path, world: World, names: list[str]) -> None:
 def read_back(folder: Path, world: World, names: list[str]) -> None:
     """Each of `names`, saved by `exact` on another world size, resumed by itself and the next."""
     for index, saved in enumerate(names):
-        _, weights = checkpoint.read_weights(folder / saved)
-        _, average = checkpoint.read_weights(folder / saved, ema=True)
+        _, weights = save_load.read_weights(folder / saved)
+        _, average = save_load.read_weights(folder / saved, ema=True)
         for name in (saved, names[(index + 1) % len(names)]):
             copy = folder / f"{saved}_{name}_{world.world_size}"
             if world.is_main:
@@ -162,10 +164,10 @@ def read_back(folder: Path, world: World, names: list[str]) -> None:
             assert resume(made, copy, world, ema) == 6
             save(made, copy, 7, world, ema)
             for kind, expected in ((False, weights), (True, average)):
-                _, again = checkpoint.read_weights(copy, 7, ema=kind)
+                _, again = save_load.read_weights(copy, 7, ema=kind)
                 assert same(list(expected.values()), list(again.values())), (saved, name)
-            before = manifest.read_manifest(copy / "checkpoints" / tags.tag_of(6))
-            after = manifest.read_manifest(copy / "checkpoints" / tags.tag_of(7))
+            before = contents.read_manifest(copy / "checkpoints" / retention.tag_of(6))
+            after = contents.read_manifest(copy / "checkpoints" / retention.tag_of(7))
             assert before.updates == after.updates == 6 and before.groups == after.groups
             losses = [train(made, step, world, ema) for step in (7, 8)]
             whole = [sum(gather_objects(loss, world)) / GLOBAL_BATCH for loss in losses]

@@ -6,8 +6,8 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from training.checkpoint.run_dir import CheckpointError
 from training.distributed import World, broadcast_object
-from training.run_dir import CheckpointError
 
 
 def lock_run(run_dir: Path, world: World) -> IO[str] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from training.run_dir import CheckpointError, write_json
+from training.checkpoint.run_dir import CheckpointError, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 held DeepSpeed's own files
@@ -29,7 +29,7 @@ class Manifest:
     kinds: list[str]  # weight, exp_avg, exp_avg_sq, ema: a file each per rank
     groups: list[dict[str, Any]]  # the optimiser's settings, for the record
     files: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
-    run: dict[str, Any]  # training.resume.describe_run, and where the loader is
+    run: dict[str, Any]  # training.checkpoint.resume.describe_run, and where the loader is
 
     def __post_init__(self) -> None:
         for name in self.files:

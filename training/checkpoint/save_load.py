@@ -18,10 +18,21 @@ from typing import Any
 import deepspeed
 import torch
 
+from training.checkpoint.contents import Manifest, read_manifest, write_manifest
+from training.checkpoint.retention import (
+    Found,
+    Retention,
+    complete_tags,
+    prune,
+    remove,
+    set_aside,
+    tag_of,
+    wrong_hash,
+)
+from training.checkpoint.run_dir import CheckpointError, SaveError, step_of, write_text
+from training.checkpoint.slices import Slice, SliceReader, write_slices
 from training.distributed import World, broadcast_object, gather_objects
 from training.ema import EMA
-from training.manifest import Manifest, read_manifest, write_manifest
-from training.run_dir import CheckpointError, SaveError, step_of, write_text
 from training.shards import (
     MOMENTS,
     Piece,
@@ -33,17 +44,6 @@ from training.shards import (
     read_moments,
     updates_done,
 )
-from training.storage import Slice, SliceReader, write_slices
-from training.tags import (
-    Found,
-    Retention,
-    complete_tags,
-    prune,
-    remove,
-    set_aside,
-    tag_of,
-    wrong_hash,
-)
 
 
 def save_checkpoint(
@@ -53,7 +53,7 @@ def save_checkpoint(
     """Write one checkpoint on all ranks, after an optimiser step; drop those not retained.
 
     Args:
-        run: what `training.resume.describe_run` says, and where the loader is.
+        run: what `training.checkpoint.resume.describe_run` says, and where the loader is.
     Raises:
         CheckpointError: on every rank when any rank failed; the broken tag is removed.
     """

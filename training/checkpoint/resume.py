@@ -10,8 +10,8 @@ import importlib.metadata
 import json
 from typing import Any
 
-from training.run_dir import CheckpointError
-from training.tags import Found
+from training.checkpoint.retention import Found
+from training.checkpoint.run_dir import CheckpointError
 
 # Patterns of keys as they are flattened here; the first that matches decides.
 FREE = (

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.run_dir import CheckpointError
+from training.checkpoint.run_dir import CheckpointError
 
 
 class Slice(NamedTuple):
