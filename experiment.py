@@ -24,8 +24,8 @@ from training.checkpoint.run_dir import CheckpointError
 from training.distributed import World
 from training.ds_config import complete_ds_config, read_ds_config
 from training.engine import OptimizerConfig
-from training.guard import GuardConfig
-from training.watchdog import WatchdogConfig
+from training.guards.bad_numbers import GuardConfig
+from training.guards.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True)

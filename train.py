@@ -51,11 +51,11 @@ from training.distributed import (
     start,
 )
 from training.ema import EMA
-from training.guard import EXIT_CODE as BAD_NUMBERS
-from training.guard import BadNumbersError, Drawn
+from training.guards.bad_numbers import EXIT_CODE as BAD_NUMBERS
+from training.guards.bad_numbers import BadNumbersError, Drawn
+from training.guards.supervisor import Agreed, Safety
 from training.health import Health, group_places
 from training.metrics import Clock, MetricWriter
-from training.safety import Agreed, Safety
 from training.watch import Scale, Watch
 
 # One line says it all, the same on every rank: no traceback, no folder of failures.
@@ -282,7 +282,7 @@ def build_watch(
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: training.status tells what each means."""
+    """Exit status: training.guards.run_state tells what each means."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
     if not arguments or "=" in arguments[0]:
         print(__doc__)

@@ -35,9 +35,9 @@ from playground.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
 from training.distributed import resolve_world, shutdown, start, sum_over_ranks
 from training.ds_config import complete_ds_config
-from training.guard import GuardConfig
-from training.safety import Agreed, Safety
-from training.watchdog import WatchdogConfig
+from training.guards.bad_numbers import GuardConfig
+from training.guards.supervisor import Agreed, Safety
+from training.guards.watchdog import WatchdogConfig
 
 LOG_EVERY = 10
 REAL = ("real", "full")

@@ -1,4 +1,4 @@
-"""training/failure.py: one folder says why a start failed, and the last line says where it is."""
+"""failure_report.py: one folder says why a start failed, and the last line says where it is."""
 
 import json
 import time
@@ -9,7 +9,7 @@ import torch
 from data.schema import Batch
 from tests.support.faults import Ranks, lines, status, write_world
 from training.distributed import World
-from training.failure import Failure, Last, is_out_of_memory
+from training.guards.failure_report import Failure, Last, is_out_of_memory
 
 ALONE = World(0, 1, 0, 1, "alone")
 

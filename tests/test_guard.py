@@ -1,4 +1,4 @@
-"""training/guard.py: no bad number reaches the weights, on any engine; each is told and counted."""
+"""bad_numbers.py: no bad number reaches the weights, on any engine; each is told and counted."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import torch
 
 from tests.support.faults import ENGINES, Ranks, lines, start_runs, status, write_world
 from training.distributed import World
-from training.guard import BadNumbersError, Drawn, Guard, GuardConfig
-from training.status import decide
+from training.guards.bad_numbers import BadNumbersError, Drawn, Guard, GuardConfig
+from training.guards.run_state import decide
 
 ALONE = World(0, 1, 0, 1, "alone")
 FAST = ("fp32_zero0", "bf16_zero2")

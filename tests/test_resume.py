@@ -13,7 +13,7 @@ from training.checkpoint.contents import Manifest
 from training.checkpoint.resume import FREE, changes, check_resume, check_same_model, describe_run
 from training.checkpoint.retention import Found
 from training.checkpoint.run_dir import CheckpointError
-from training.watchdog import WatchdogConfig
+from training.guards.watchdog import WatchdogConfig
 
 CONFIG = {
     "run_dir": "runs/a", "task": "t2av", "seed": 0, "global_batch_size": 8, "max_steps": 100,

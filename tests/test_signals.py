@@ -1,4 +1,6 @@
-"""training/signals.py and a stop in order: all ranks, at one step, with nothing lost."""
+"""training/guards/stop_requests.py and a stop in order: all ranks, at one step, with nothing
+lost.
+"""
 
 import os
 import signal
@@ -7,14 +9,14 @@ import time
 import pytest
 
 from tests.support.faults import Ranks, lines, start_runs, status, write_world
-from training.signals import (
+from training.guards.run_state import decide
+from training.guards.stop_requests import (
     SAFETY_SECONDS,
     STOP_FILE,
     UNMEASURED_SAVE_SECONDS,
     Requests,
     stop_reason,
 )
-from training.status import decide
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""training/straggler.py: the slow rank is named, and whether it is its data or its compute."""
+"""straggler.py: the slow rank is named, and whether it is its data or its compute."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.support.faults import lines, start_runs, write_world
 from training.distributed import World
-from training.straggler import Straggler
+from training.guards.straggler import Straggler
 
 
 def test_alone_it_tells_both_parts():

@@ -1,4 +1,4 @@
-"""training/watchdog.py: a run that does not move ends within its budget, with everyone's stacks."""
+"""watchdog.py: a run that does not move ends within its budget, with everyone's stacks."""
 
 import json
 import pickle
@@ -9,14 +9,14 @@ import pytest
 
 from tests.support.faults import Ranks, write_world
 from tests.support.launch import run
-from training.watchdog import WatchdogConfig
+from training.guards.watchdog import WatchdogConfig
 
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
 from training.distributed import World
-from training.failure import Failure
-from training.watchdog import Watchdog, WatchdogConfig
+from training.guards.failure_report import Failure
+from training.guards.watchdog import Watchdog, WatchdogConfig
 world = World(0, 1, 0, 1, "alone")
 def stuck_in_a_read():
     time.sleep(60)

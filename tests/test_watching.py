@@ -28,9 +28,9 @@ from tests.support.models.tiny import write_tangoflux, write_wan
 from tools import report
 from tools.gallery import write_gallery
 from tools.watching import Bench
-from training.attempt import AttemptError
 from training.checkpoint.save_load import read_weights
 from training.distributed import World
+from training.guards.optional import AttemptError
 from training.heldout import read_rows
 from training.metrics import MetricWriter, read_records
 from training.scalars import SCALARS, described

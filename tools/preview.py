@@ -23,10 +23,10 @@ from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
 from tools.gallery import CAPTIONS, write_gallery
 from tools.render import Decoders, write_files, write_gif, write_wav
-from training.attempt import Attempt
 from training.checkpoint.run_dir import write_json
 from training.distributed import World
 from training.events import Events
+from training.guards.optional import Attempt
 
 
 @dataclass(frozen=True)

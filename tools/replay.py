@@ -26,7 +26,7 @@ from model.variants import JointConfig
 from tools.export import load_model, read_run_file, read_setting
 from training.checkpoint.retention import complete_tags
 from training.checkpoint.run_dir import CheckpointError, step_of
-from training.guard import json_number
+from training.guards.bad_numbers import json_number
 
 
 def digest(tensor: torch.Tensor) -> str:

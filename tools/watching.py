@@ -19,12 +19,12 @@ from experiment import RunConfig
 from model.gauges import Gauges
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
 from tools.gallery import CAPTIONS, write_gallery
-from training.attempt import AttemptError
 from training.distributed import World
 from training.ema import EMA
+from training.guards.optional import AttemptError
+from training.guards.supervisor import Safety
 from training.heldout import Losses, Row, look_inside, measure, summarise, write_rows
 from training.metrics import MetricWriter
-from training.safety import Safety
 
 T = TypeVar("T")
 GAUGED_SAMPLES = 4

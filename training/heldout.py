@@ -18,9 +18,9 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from training.attempt import Attempt
 from training.checkpoint.run_dir import write_text
 from training.distributed import World, gather_objects, sum_over_ranks
+from training.guards.optional import Attempt
 
 Losses = tuple[Tensor, Tensor, Tensor]  # video and audio loss, and whether it has sound, (B,) each
 

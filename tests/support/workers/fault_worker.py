@@ -29,7 +29,7 @@ from experiment import RunConfig, build_plan
 from model.objective import Objective
 from tools import preview
 from training.distributed import leave, resolve_world, shutdown, start
-from training.guard import BadNumbersError
+from training.guards.bad_numbers import BadNumbersError
 from training.shards import find_shards
 
 

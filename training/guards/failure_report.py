@@ -6,7 +6,7 @@
     config.json           the resolved configuration
     alarm                 the first rank's words; the watchdogs of the other ranks see it and follow
 
-Made only when something fails. Called by train.py around the run and by training.watchdog.
+Made only when something fails. Called by train.py around the run and by training.guards.watchdog.
 """
 
 import contextlib

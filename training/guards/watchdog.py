@@ -16,7 +16,7 @@ import traceback
 from dataclasses import dataclass, fields
 from typing import Any
 
-from training.failure import Failure
+from training.guards.failure_report import Failure
 
 EXIT_CODE = 76
 POLL_SECONDS = 2.0

@@ -1,6 +1,6 @@
 """How a run stands, in RUN/status.json, and what a batch script does about it.
 
-    python -m training.status EXIT_CODE CONFIG [key=value ...]    # exit 0: requeue the job
+    python -m training.guards.run_state EXIT_CODE CONFIG [key=value ...]  # exit 0: requeue the job
 
 Exit codes of train.py: 0 done or stopped in order, 76 hung, 77 bad numbers, 78 cannot run as it
 is configured, 1 a crash. A stop in order exits with 0, because srun kills the peers of a task that

@@ -17,12 +17,12 @@ import torch
 
 from common.settings import ConfigError
 from training.distributed import World, broadcast_object, start_sum_over_ranks
-from training.failure import Failure, Last
-from training.guard import Drawn, Guard, GuardConfig
-from training.signals import STOP_FILE, Requests, stop_reason
-from training.status import write_status
-from training.straggler import Straggler
-from training.watchdog import Watchdog, WatchdogConfig
+from training.guards.bad_numbers import Drawn, Guard, GuardConfig
+from training.guards.failure_report import Failure, Last
+from training.guards.run_state import write_status
+from training.guards.stop_requests import STOP_FILE, Requests, stop_reason
+from training.guards.straggler import Straggler
+from training.guards.watchdog import Watchdog, WatchdogConfig
 
 
 class Agreed(NamedTuple):
