@@ -34,13 +34,11 @@ from model.weights.names import part_of
 from model.weights.selfcheck import check_stitch, describe
 from tools.watching import Bench
 from training import engine as ds
-from training.card import write_start
 from training.checkpoint.resume import check_resume
 from training.checkpoint.retention import Retention, find_checkpoint
 from training.checkpoint.run_dir import CheckpointError, SaveError
 from training.checkpoint.run_lock import lock_run
 from training.checkpoint.save_load import load_checkpoint, save_checkpoint
-from training.console import budget, rank_log, summary
 from training.distributed import (
     World,
     WorldError,
@@ -54,9 +52,11 @@ from training.ema import EMA
 from training.guards.bad_numbers import EXIT_CODE as BAD_NUMBERS
 from training.guards.bad_numbers import BadNumbersError, Drawn
 from training.guards.supervisor import Agreed, Safety
-from training.health import Health, group_places
-from training.metrics import Clock, MetricWriter
-from training.watch import Scale, Watch
+from training.metrics.accumulator import Scale, Watch
+from training.metrics.console import budget, rank_log, summary
+from training.metrics.norms import Health, group_places
+from training.metrics.start_record import write_start
+from training.metrics.writer import Clock, MetricWriter
 
 # One line says it all, the same on every rank: no traceback, no folder of failures.
 EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)

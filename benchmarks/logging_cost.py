@@ -35,9 +35,9 @@ from model.weights.names import part_of
 from training import engine as ds
 from training.distributed import World, shutdown, start
 from training.ds_config import complete_ds_config
-from training.health import Health, group_places
-from training.metrics import Clock, MetricWriter
-from training.watch import Scale, Watch
+from training.metrics.accumulator import Scale, Watch
+from training.metrics.norms import Health, group_places
+from training.metrics.writer import Clock, MetricWriter
 
 
 def inputs(size: int, frames: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from training.console import budget, rank_log, summary
 from training.distributed import World
-from training.events import Events, drop_from, flatten
-from training.metrics import Clock
+from training.metrics.console import budget, rank_log, summary
+from training.metrics.tensorboard import Events, drop_from, flatten
+from training.metrics.writer import Clock
 
 
 def write_records(run_dir, *records: dict) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.metrics import MetricWriter, read_records
+from training.metrics.writer import MetricWriter, read_records
 
 STEPS = (0, 3, 6)
 

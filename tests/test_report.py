@@ -15,7 +15,7 @@ from tests.support.launch import ROOT
 from tests.support.models import towers
 from tools import plots, report
 from training.heldout import Row, write_rows
-from training.scalars import SCALARS, described
+from training.metrics.tags import SCALARS, described
 
 T = (0.25, 0.75)
 LOSSES = {"t2av": {"train/loss": 1.5, "train/loss_video": 0.5, "train/loss_audio": 1.0},

@@ -1,11 +1,11 @@
-"""training/card.py: every start says what made the weights."""
+"""training/metrics/start_record.py: every start says what made the weights."""
 
 import json
 import subprocess
 
-from training import card
 from training.checkpoint.run_dir import read_lines
 from training.distributed import World
+from training.metrics import start_record
 
 WORLD = World(0, 4, 0, 2, "srun")
 
@@ -13,7 +13,7 @@ WORLD = World(0, 4, 0, 2, "srun")
 def test_every_start_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     for first in (0, 500):
-        card.write_start(tmp_path, WORLD, ["a", "a", "b", "b"], first, seed=7,
+        start_record.write_start(tmp_path, WORLD, ["a", "a", "b", "b"], first, seed=7,
                          data={"x": "hash"}, weights={"wan": "w"}, resumed_from=None)
     starts = [json.loads(line) for line in
               (tmp_path / "config" / "starts.jsonl").read_text().splitlines()]
@@ -28,7 +28,7 @@ def test_a_start_behind_a_torn_line_is_a_line(tmp_path):
     path = tmp_path / "config" / "starts.jsonl"
     path.parent.mkdir()
     path.write_text('{"first_step": 0}\n{"first_step": 2, "hos')  # a power cut
-    card.write_start(tmp_path, WORLD, ["a"], 4)
+    start_record.write_start(tmp_path, WORLD, ["a"], 4)
     assert [start["first_step"] for start in read_lines(path)] == [0, 4]
 
 
@@ -39,16 +39,16 @@ def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkey
 
     inner = tmp_path / "training" / "metrics"  # wherever the module lies in the checkout
     inner.mkdir(parents=True)
-    monkeypatch.setattr(card, "HERE", inner)
-    assert card.describe_code(tmp_path) == {"commit": None}
+    monkeypatch.setattr(start_record, "HERE", inner)
+    assert start_record.describe_code(tmp_path) == {"commit": None}
     git("init")
     (tmp_path / "file.py").write_text("a = 1\n")
     git("add", "file.py")
     git("commit", "-m", "first")
-    clean = card.describe_code(tmp_path)
+    clean = start_record.describe_code(tmp_path)
     assert len(clean["commit"]) == 40 and not clean["dirty"]
     (tmp_path / "file.py").write_text("a = 2\n")
     (tmp_path / "new.py").write_text("b = 1\n")
-    dirty = card.describe_code(tmp_path)
+    dirty = start_record.describe_code(tmp_path)
     assert dirty["dirty"] and dirty["untracked"] == ["new.py"]
     assert "+a = 2" in (tmp_path / dirty["patch"]).read_text()

@@ -32,8 +32,8 @@ from training.checkpoint.save_load import read_weights
 from training.distributed import World
 from training.guards.optional import AttemptError
 from training.heldout import read_rows
-from training.metrics import MetricWriter, read_records
-from training.scalars import SCALARS, described
+from training.metrics.tags import SCALARS, described
+from training.metrics.writer import MetricWriter, read_records
 
 STEPS, KILLED_AT, SAVED_AT = 6, 4, 3
 WATCHED = ["log_every=2", "health_every=3", "sample_every=6", "validate_every=3", "save_every=2"]

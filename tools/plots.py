@@ -10,7 +10,7 @@ import numpy as np
 
 from tools.paired import Difference, steps_of
 from training.heldout import spread_by_t
-from training.metrics import read_records
+from training.metrics.writer import read_records
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 the backend comes first

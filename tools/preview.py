@@ -25,8 +25,8 @@ from tools.gallery import CAPTIONS, write_gallery
 from tools.render import Decoders, write_files, write_gif, write_wav
 from training.checkpoint.run_dir import write_json
 from training.distributed import World
-from training.events import Events
 from training.guards.optional import Attempt
+from training.metrics.tensorboard import Events
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from tools.plots import (
 )
 from tools.run_tables import card_section, read_starts, summary_table, table
 from training.checkpoint.run_dir import read_lines
-from training.events import Events
 from training.heldout import repeated_ids
+from training.metrics.tensorboard import Events
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; color: #222 }

@@ -21,7 +21,7 @@ from tools.export import RESTORE, read_run_file, read_setting
 from tools.plots import Curves
 from training.checkpoint.run_dir import read_lines
 from training.engine import count_by
-from training.metrics import format_seconds
+from training.metrics.writer import format_seconds
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

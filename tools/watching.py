@@ -24,7 +24,7 @@ from training.ema import EMA
 from training.guards.optional import AttemptError
 from training.guards.supervisor import Safety
 from training.heldout import Losses, Row, look_inside, measure, summarise, write_rows
-from training.metrics import MetricWriter
+from training.metrics.writer import MetricWriter
 
 T = TypeVar("T")
 GAUGED_SAMPLES = 4

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from training.checkpoint.run_dir import tags_in
 from training.distributed import World
-from training.metrics import NO_STEP, format_seconds, read_records
+from training.metrics.writer import NO_STEP, format_seconds, read_records
 
 RECENT = 50  # records from which the time of a step is taken
 

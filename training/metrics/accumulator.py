@@ -14,8 +14,8 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from training.health import Health
-from training.metrics import NO_STEP
+from training.metrics.norms import Health
+from training.metrics.writer import NO_STEP
 
 T_BINS = 8
 SUMS = ("video", "audio", "samples", "heard")  # columns of the sums by t

@@ -2,7 +2,8 @@
 
 The jsonl is the record of truth: one object per step and kind (training, health, held-out) at
 most, never one twice, also after a resume. TensorBoard is drawn from the same numbers. Only rank
-0 writes, and nothing that cannot be written stops it. training.scalars tells what each tag means.
+0 writes, and nothing that cannot be written stops it. training.metrics.tags tells what each tag
+means.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.checkpoint.run_dir import cut_torn_line, keep_lines_before, read_lines, write_json
-from training.events import Events
+from training.metrics.tensorboard import Events
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
 HELD_OUT = ("validation/loss_video", "validation/loss_audio")

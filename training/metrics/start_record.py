@@ -21,7 +21,7 @@ import torch
 from training.checkpoint.run_dir import cut_torn_line
 from training.distributed import World
 
-HERE = Path(__file__).parent  # any folder of the checkout
+HERE = Path(__file__).parents[1]  # any folder of the checkout
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",
             "safetensors", "flash-attn", "triton")
 
