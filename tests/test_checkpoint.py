@@ -29,7 +29,7 @@ from training.checkpoint.save_load import read_weights, write_weights
 from training.checkpoint.slices import Slice, SliceReader, file_sha256, write_slices
 from training.distributed import World
 from training.guards.run_state import newest_step
-from training.shards import Piece, Shard
+from training.zero_state import Piece, Shard
 
 WORKER = "tests/support/workers/checkpoint_worker.py"
 ALONE = World(0, 1, 0, 1, "alone")

@@ -8,7 +8,7 @@ from tests.support.workers import checkpoint_worker as worker
 from tests.test_checkpoint import ALONE
 from training.distributed import shutdown, start
 from training.ema import EMA
-from training.shards import find_shards
+from training.zero_state import find_shards
 
 
 @pytest.fixture(scope="module", autouse=True)

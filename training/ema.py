@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 
-from training.shards import find_shards, publish_weights
+from training.zero_state import find_shards, publish_weights
 
 
 class EMA:

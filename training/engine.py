@@ -17,7 +17,7 @@ from torch import nn
 
 from training.distributed import World, on_gpu
 from training.ds_config import zero_stage
-from training.shards import find_shards
+from training.zero_state import find_shards
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from training.checkpoint.run_dir import CheckpointError, SaveError, step_of, wri
 from training.checkpoint.slices import Slice, SliceReader, write_slices
 from training.distributed import World, broadcast_object, gather_objects
 from training.ema import EMA
-from training.shards import (
+from training.zero_state import (
     MOMENTS,
     Piece,
     Shard,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.distributed import World, sum_over_ranks
 from training.engine import OptimizerConfig, parameter_groups
-from training.shards import base_optimizer, find_shards, read_moments, updates_done
+from training.zero_state import base_optimizer, find_shards, read_moments, updates_done
 
 
 def group_places(

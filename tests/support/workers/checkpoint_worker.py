@@ -29,7 +29,7 @@ from training.distributed import (
 )
 from training.ds_config import complete_ds_config
 from training.ema import EMA
-from training.shards import find_shards, read_moments
+from training.zero_state import find_shards, read_moments
 
 GLOBAL_BATCH, DECAY = 4, 0.75
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}

@@ -30,7 +30,7 @@ from model.objective import Objective
 from tools import preview
 from training.distributed import leave, resolve_world, shutdown, start
 from training.guards.bad_numbers import BadNumbersError
-from training.shards import find_shards
+from training.zero_state import find_shards
 
 
 class Fault:

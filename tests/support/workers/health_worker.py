@@ -22,7 +22,7 @@ from tests.support.workers.checkpoint_worker import (
 from training import engine as ds
 from training.distributed import World, leave, resolve_world, shutdown, start, sum_over_ranks
 from training.metrics.norms import Health, group_places
-from training.shards import find_shards, parameter_shapes
+from training.zero_state import find_shards, parameter_shapes
 
 STEPS = 3
 PARTS = {"first": "video_tower", "second": "audio_tower", "new": "joint_new"}

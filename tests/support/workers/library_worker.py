@@ -22,7 +22,7 @@ from training.distributed import World, barrier, gather_objects, resolve_world, 
 from training.ds_config import complete_ds_config
 from training.engine import OptimizerConfig as Optimizer
 from training.engine import build_sharded, parameter_groups
-from training.shards import find_shards
+from training.zero_state import find_shards
 
 
 def build(world: World, lr: float = 0.01, stage: int = 3, accumulate: int = 1, **extra):
