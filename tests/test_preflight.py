@@ -1,4 +1,4 @@
-"""training.preflight: what two real ranks find, who is blamed for what, a rank that is silent."""
+"""cluster.preflight: what two real ranks find, who is blamed for what, a rank that is silent."""
 
 import copy
 import os
@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster import node_report, preflight
+from cluster.node_report import judge, look, read_code, unfetched, unreachable
 from tests.support.launch import ROOT, environment
-from training import node_report, preflight
 from training.distributed import World
-from training.node_report import judge, look, read_code, unfetched, unreachable
 
 GOOD = {"host": "", "problems": [], "versions": {"torch": "2.11"}, "driver": "580", "code": "abc",
         "device": "NVIDIA H200", "clock": 1000.0, "seconds": 0.010, "node_seconds": 0.002}
@@ -107,7 +107,7 @@ def test_two_edits_of_one_size_are_two_codes(tmp_path, monkeypatch):
 
 def start(rank, tmp_path, port, seconds=60):
     """A real rank of two, on a node of its own."""
-    program = ("import sys, training.preflight as p; "
+    program = ("import sys, cluster.preflight as p; "
                f"p.ANSWER_SECONDS = {seconds}; sys.exit(p.main(sys.argv[1:]))")
     variables = {
         "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",

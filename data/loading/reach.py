@@ -2,7 +2,7 @@
 
     python -m data.loading.reach s3://bucket/prefix ...
 
-prints one line for each, and why; exits 1 if there is one. Run by training.preflight on every node.
+prints one line for each, and why; exits 1 if there is one. Run by cluster.preflight on every node.
 """
 
 import sys

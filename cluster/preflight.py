@@ -1,6 +1,6 @@
 """Before a job takes its time: is every node as good as the others, and which one is not.
 
-    srun ... python -m training.preflight CONFIG [key=value ...]
+    srun ... python -m cluster.preflight CONFIG [key=value ...]
 
 Every rank looks at itself (device, driver, memory, disk, clock, versions, code, the paths that the
 config names, one matrix product) and tells rank 0 through a key-value store, before any collective
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.node_report import describe, judge, look
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.distributed import World, WorldError, export_world, on_gpu, resolve_world
-from training.node_report import describe, judge, look
 
 ANSWER_SECONDS = 180.0  # for a node to start Python and look at itself
 REDUCE_SECONDS = 90.0  # for the first collective, which builds the connections

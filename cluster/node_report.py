@@ -1,7 +1,7 @@
 """What one rank can say of its node without talking to others, and what the ranks' reports mean.
 
 `look` measures, `judge` compares: who differs, who is slow, who cannot see the data. Called by
-training.preflight.
+cluster.preflight.
 """
 
 import hashlib
