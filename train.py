@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from common.settings import ConfigError, load_config
+from config import Plan, RunConfig, about_run, build_plan, report, report_weights
 from data.loading.loader import HeldOut, build_loader
 from data.schema import Batch, DataError
-from experiment import Plan, RunConfig, about_run, build_plan, report, report_weights
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import peak_tflops, training_work
 from model.objective import Objective

@@ -1,4 +1,4 @@
-"""experiment.py and training/{check,ds_config}.py: mistakes are named before anything is built."""
+"""config.py and training/{check,ds_config}.py: mistakes are named before anything is built."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import torch
 
 import train
 from common.settings import ConfigError, load_config
-from experiment import RunConfig, about_run, build_plan
+from config import RunConfig, about_run, build_plan
 from tests.support.faults import write_world
 from tests.support.launch import ROOT
 from training.check import sources

@@ -10,7 +10,7 @@ from common.settings import read_yaml
 ROOT = Path(__file__).parents[1]
 OURS = {"model", "data", "training", "tools", "experiment", "train"}
 SOURCES = sorted(
-    [ROOT / "train.py", ROOT / "experiment.py",
+    [ROOT / "train.py", ROOT / "config.py",
      *(path for part in ("model", "data", "training", "tools")
        for path in (ROOT / part).rglob("*.py"))]
 )

@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.settings import ConfigError, load_config
+from config import RunConfig
 from data.schema import load_metadata
-from experiment import RunConfig
 from tests.support.inputs import prepared
 from tests.support.launch import ROOT
 from tests.support.models import towers

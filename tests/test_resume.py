@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from config import RunConfig, SamplesConfig
 from data.loading.sources import DataConfig
-from experiment import RunConfig, SamplesConfig
 from training.checkpoint.contents import Manifest
 from training.checkpoint.resume import FREE, changes, check_resume, check_same_model, describe_run
 from training.checkpoint.retention import Found

@@ -3,8 +3,8 @@
 import pytest
 
 import train
+from config import RunConfig
 from data.loading.sources import DataConfig
-from experiment import RunConfig
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from config import RunConfig
 from data.loading.loader import HeldOut
 from data.schema import Batch, DataError
-from experiment import RunConfig
 from model.gauges import Gauges
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
 from tools.gallery import CAPTIONS, write_gallery

@@ -24,8 +24,8 @@ import torch
 
 import train
 from common.settings import load_config
+from config import RunConfig, build_plan
 from data.schema import DataError
-from experiment import RunConfig, build_plan
 from model.objective import Objective
 from tools import preview
 from training.distributed import leave, resolve_world, shutdown, start
