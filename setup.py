@@ -9,7 +9,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
     # Editable installs only: the generic package names stay inside the checkout.
-    packages=["common", "model", "training", "data", "cluster", "playground", "tools"],
+    packages=[
+        "common", "model", "training", "data", "cluster", "playground", "evaluation", "tools",
+    ],
     install_requires=[
         "torch>=2.10",  # older weights_only loading has CVE-2026-24747
         "torchvision",  # `import streaming` imports it

@@ -25,6 +25,7 @@ from common.settings import ConfigError, load_config
 from config import Plan, RunConfig, about_run, build_plan, report, report_weights
 from data.loading.loader import HeldOut, build_loader
 from data.schema import Batch, DataError
+from evaluation.evaluator import Bench
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import peak_tflops, training_work
 from model.objective import Objective
@@ -32,7 +33,6 @@ from model.weights.from_files import weight_fingerprints
 from model.weights.load import PretrainedError, load_pretrained, new_parameter_names
 from model.weights.names import part_of
 from model.weights.selfcheck import check_stitch, describe
-from tools.watching import Bench
 from training import engine as ds
 from training.checkpoint.resume import check_resume
 from training.checkpoint.retention import Retention, find_checkpoint

@@ -1,8 +1,8 @@
-"""tools/gallery.py: the page that plays a run's samples over its steps."""
+"""evaluation/gallery.py: the page that plays a run's samples over its steps."""
 
 import json
 
-from tools.gallery import CAPTIONS, write_gallery
+from evaluation.gallery import CAPTIONS, write_gallery
 
 
 def test_folders_that_training_did_not_write_are_no_columns(tmp_path):

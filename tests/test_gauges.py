@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from evaluation.gauges import Gauges, attention_mass, rms
 from model import AVFullDiT
-from model.gauges import Gauges, attention_mass, rms
 from model.towers.attention import QKV
 from model.weights.names import part_of
 from tests.support.models.towers import CONFIG, T2V, joint_inputs, randomise_new, video_inputs

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tools import paired
-from tools.paired import bootstrap, differences, steps_of
-from training.distributed import World
-from training.heldout import (
+from evaluation import paired
+from evaluation.paired import bootstrap, differences, steps_of
+from evaluation.validation import (
     Row,
     measure,
     read_step,
@@ -19,6 +18,7 @@ from training.heldout import (
     summarise,
     write_rows,
 )
+from training.distributed import World
 
 T = (0.25, 0.75)
 

@@ -10,11 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.settings import ConfigError, load_config
 from config import RunConfig
 from data.schema import load_metadata
+from evaluation import plots
+from evaluation.validation import Row, write_rows
 from tests.support.inputs import prepared
 from tests.support.launch import ROOT
 from tests.support.models import towers
-from tools import plots, report
-from training.heldout import Row, write_rows
+from tools import report
 from training.metrics.tags import SCALARS, described
 
 T = (0.25, 0.75)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from evaluation.samples import Preview, _sample
 from model import AVFullDiT
 from model.flow import FlowConfig, add_noise, shift_t
 from model.sampling import Prompts, build_scheduler, sample
 from tests.support.models import towers
-from tools.preview import Preview, _sample
 
 
 @pytest.mark.parametrize("num_steps", [1, 10, 50])

@@ -22,16 +22,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from data.schema import DataError
+from evaluation.evaluator import Bench
+from evaluation.gallery import write_gallery
+from evaluation.validation import read_rows
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import ROOT, environment, run, run_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
 from tools import report
-from tools.gallery import write_gallery
-from tools.watching import Bench
 from training.checkpoint.save_load import read_weights
 from training.distributed import World
 from training.guards.optional import AttemptError
-from training.heldout import read_rows
 from training.metrics.tags import SCALARS, described
 from training.metrics.writer import MetricWriter, read_records
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from common.settings import ConfigError
-from tools.gallery import CAPTIONS
-from tools.paired import Difference, bootstrap, differences
-from tools.plots import (
+from evaluation.gallery import CAPTIONS
+from evaluation.paired import Difference, bootstrap, differences
+from evaluation.plots import (
     COLOURS,
     REFERENCE,
     Curves,
@@ -29,9 +29,9 @@ from tools.plots import (
     plot_tags,
     shared_steps,
 )
-from tools.run_tables import card_section, read_starts, summary_table, table
+from evaluation.tables import card_section, read_starts, summary_table, table
+from evaluation.validation import repeated_ids
 from training.checkpoint.run_dir import read_lines
-from training.heldout import repeated_ids
 from training.metrics.tensorboard import Events
 
 STYLE = """

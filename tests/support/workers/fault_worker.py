@@ -26,8 +26,8 @@ import train
 from common.settings import load_config
 from config import RunConfig, build_plan
 from data.schema import DataError
+from evaluation import samples
 from model.objective import Objective
-from tools import preview
 from training.distributed import leave, resolve_world, shutdown, start
 from training.guards.bad_numbers import BadNumbersError
 from training.zero_state import find_shards
@@ -143,5 +143,5 @@ if __name__ == "__main__":
     else:
         injected.spec |= json.loads(os.environ.get("FAULT", "{}"))
         if injected.spec["kind"] == "blind" and injected.spec["rank"] == injected.rank:
-            preview.Decoders = no_decoders  # type: ignore[assignment, misc]
+            samples.Decoders = no_decoders  # type: ignore[assignment, misc]
         leave(train.main(sys.argv[1:]))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    engine: deepspeed.DeepSpeedEngine, shares: Iterable[tuple[Any, Tensor]],
+    engine: Any, shares: Iterable[tuple[Any, Tensor]],
     losses_at: Callable[[Any, float], Losses], t: tuple[float, ...], sound: bool, world: World,
     on_batch: Callable[[], None],
 ) -> list[Row]:
@@ -139,10 +138,10 @@ def spread_by_t(run_dir: Path, step: int, modality: str) -> dict[str, float]:
 
 @torch.no_grad()
 def look_inside(
-    engine: deepspeed.DeepSpeedEngine, gauges: Any, shares: Iterable[tuple[Any, Tensor]],
+    engine: Any, gauges: Any, shares: Iterable[tuple[Any, Tensor]],
     forward: Callable[[Any], Any], world: World,
 ) -> dict[str, float]:
-    """Means over held-out samples of every gauge (model.gauges.Gauges); a collective."""
+    """Means over held-out samples of every gauge (evaluation.gauges.Gauges); a collective."""
     attempt = Attempt(world, engine.zero_optimization_stage() == 3)
     engine.eval()
     try:

@@ -1,7 +1,7 @@
 """RUN/samples/index.html: every prompt's clips side by side over the steps, to be opened offline.
 
 Plain HTML that names the files beside it; written anew after each round of samples. Called by
-tools.preview.
+evaluation.samples.
 """
 
 import html

@@ -19,10 +19,10 @@ import torch
 
 from data.loading.loader import HeldOut
 from data.schema import Batch
+from evaluation.gallery import CAPTIONS, write_gallery
+from evaluation.render import Decoders, write_files, write_gif, write_wav
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
-from tools.gallery import CAPTIONS, write_gallery
-from tools.render import Decoders, write_files, write_gif, write_wav
 from training.checkpoint.run_dir import write_json
 from training.distributed import World
 from training.guards.optional import Attempt

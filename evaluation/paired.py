@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.heldout import read_rows
+from evaluation.validation import read_rows
 
 RESAMPLES = 10_000
 INTERVAL = (2.5, 97.5)  # percent

@@ -16,14 +16,14 @@ import torch
 from config import RunConfig
 from data.loading.loader import HeldOut
 from data.schema import Batch, DataError
-from model.gauges import Gauges
+from evaluation.gallery import CAPTIONS, write_gallery
+from evaluation.gauges import Gauges
+from evaluation.validation import Losses, Row, look_inside, measure, summarise, write_rows
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
-from tools.gallery import CAPTIONS, write_gallery
 from training.distributed import World
 from training.ema import EMA
 from training.guards.optional import AttemptError
 from training.guards.supervisor import Safety
-from training.heldout import Losses, Row, look_inside, measure, summarise, write_rows
 from training.metrics.writer import MetricWriter
 
 T = TypeVar("T")
@@ -94,7 +94,11 @@ class Bench(NamedTuple):
 
     def draw(self, step: int, writer: MetricWriter) -> None:
         """Samples into RUN/samples and TensorBoard."""
-        from tools.preview import Preview, draw_previews, log_previews  # diffusers: slow to import
+        from evaluation.samples import (  # diffusers: slow to import
+            Preview,
+            draw_previews,
+            log_previews,
+        )
 
         config, sound = self.config, self.config.task == "t2av"
         first = self.held_out.opened[0]

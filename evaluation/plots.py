@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
-from tools.paired import Difference, steps_of
-from training.heldout import spread_by_t
+from evaluation.paired import Difference, steps_of
+from evaluation.validation import spread_by_t
 from training.metrics.writer import read_records
 
 matplotlib.use("Agg")
