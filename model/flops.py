@@ -2,7 +2,7 @@
 
 A multiply-add is two operations; only products count (linear layers, patches, attention), forward
 and backward, recomputation not. Captions are credited for the rows that are computed, not for
-their padding. Equal to torch.utils.flop_counter (tests/test_flops.py). Called by train.py for
+their padding. Equal to torch.utils.flop_counter (tests/model/test_flops.py). Called by train.py for
 TFLOP/s and MFU.
 """
 

@@ -1,6 +1,6 @@
 """Build models plainly and under deepspeed.zero.Init: parameters, dtypes, and memory of loading.
 
-Run by tests/test_model_zero_init.py in a process of its own, because zero.Init patches torch.
+Run by tests/model/test_zero_init.py in a process of its own, because zero.Init patches torch.
 Prints one JSON object: parameters compared, partitioned ones, differing ones, the dtype table, and
 host memory while a synthetic checkpoint streams in.
 """

@@ -14,8 +14,8 @@ from model.joint import AVFullAttention
 from model.towers.attention import QKV, Attention
 from model.weights.load import new_parameter_names
 from model.weights.names import is_new, released_name
+from tests.model.test_oracle import LAYOUTS
 from tests.support.models import towers
-from tests.test_model_oracle import LAYOUTS
 
 ROPES = ("shrink_audio", "expand_video", "vanilla")
 INITS = {"full": ("I0", "I1", "I2"), "cross": ("I1",)}
@@ -148,7 +148,7 @@ def test_parameter_counts_of_every_variant(change, new):
 
 
 def test_the_page_states_these_counts():
-    page = (Path(__file__).parents[1] / "model" / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "model" / "README.md").read_text(encoding="utf-8")
     for change in ({"num_joint_blocks": 12}, {}, {"num_joint_blocks": 24}, {"fusion": "cross"},
                    {"fusion": "cross", "num_joint_blocks": 24}):
         with torch.device("meta"):

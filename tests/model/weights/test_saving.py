@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from model import AVFullDiT
 from model.weights.saving import SavedModelError
+from tests.model.test_ablations import combinations
 from tests.support.models import towers
-from tests.test_model_ablations import combinations
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def same(first, second):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).parents[1] / "tests/support/workers/zero_init_worker.py"
+WORKER = Path(__file__).parents[2] / "tests/support/workers/zero_init_worker.py"
 
 
 @pytest.fixture(scope="module")
