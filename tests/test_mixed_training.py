@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from tests.data.loading.test_sources import LONG
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import records, run_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
-from tests.test_sources import LONG
 
 STEPS = 6
 

@@ -3,7 +3,7 @@
 Every clip that this repository makes (the built-in world, samples) goes through `write_clip`, so
 that it enters and leaves by the same door as anybody's clips. The AAC encoder delays the sound by
 its priming samples; the mp4 muxer writes that delay as an edit list, and a reader that honours
-timestamps gets the sound back at the right time (tests/test_mux.py: within 1 ms).
+timestamps gets the sound back at the right time (tests/data/clips/test_mux.py: within 1 ms).
 """
 
 from fractions import Fraction

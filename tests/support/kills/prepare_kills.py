@@ -3,7 +3,7 @@
     python -m tests.support.kills.prepare_kills --kills 20 --work /tmp/kills
 
 prints one line per kill and the verdict; exits 0 only if the shards are those of a run that nobody
-disturbed. tests/test_prepare_kills.py does the same with three kills.
+disturbed. tests/data/prepare/test_prepare_kills.py does the same with three kills.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from data.clips.mux import write_clip
 from data.clips.probe import REASONS, Probe, probe
 from tests.support.inputs.media import noise, number, numbered, rotate_mp4, write_media
 
-CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+CLIPS = Path(__file__).parents[4] / "shared" / "clips"
 EXPECTED = CLIPS / "clips.jsonl"
 RECORDS = (
     [json.loads(line) for line in EXPECTED.read_text().splitlines()] if EXPECTED.exists() else []

@@ -15,7 +15,7 @@ from data.manifest.doctor import main, sample_bytes
 from data.schema import Metadata, columns, pack
 from tests.support.inputs.media import noise
 
-CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+CLIPS = Path(__file__).parents[4] / "shared" / "clips"
 FAST = ("--frames", "9", "--workers", "1")
 
 

@@ -17,7 +17,7 @@ from data.clips.decode import CutSpec, Rejected, read_cut
 from data.manifest.records import CutRule, complete
 from tests.support.inputs.media import rotate_mp4
 
-CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+CLIPS = Path(__file__).parents[4] / "shared" / "clips"
 pytestmark = pytest.mark.skipif(
     not CLIPS.is_dir(), reason=f"REAL CLIPS NOT TESTED: {CLIPS} is absent"
 )
