@@ -80,7 +80,7 @@ def test_keys_inside_blocks_are_those_deepspeed_reads():
     """An upgrade that reads another key of a block without a model of its own fails here."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from tests.test_config import Spy
+    from tests.common.test_settings import Spy
 
     blocks = {key: Spy({}) for key in ("torch_autocast", "data_types", "aio", "flops_profiler")}
     DeepSpeedConfig(Spy(MICRO | blocks))

@@ -3,7 +3,7 @@
 DeepSpeed keeps the fp32 weights and Adam's moments in flat buffers whose layout depends on the
 ZeRO stage, the precision and the world size. `find_shards` tells all of them in one form, which
 the checkpoint and the EMA work on. These are not public names of DeepSpeed: the version is pinned
-and tests/test_checkpoint.py resumes every kind from every other.
+and tests/training/checkpoint/test_checkpoint.py resumes every kind from every other.
 """
 
 from collections.abc import Iterator

@@ -6,9 +6,10 @@
 DeepSpeed's own checkpoints are not used. They name `latest` before all ranks have finished, load
 a flipped bit silently, belong to one world size and ZeRO stage, and their universal form gives
 every parameter group the first one's settings and has no room for an EMA: each is shown in
-tests/test_library_checkpoint.py. Here every rank writes the fp32 slices that it holds, all ranks
-agree that it worked, and a manifest with every file's sha256 is written last: without it, a tag
-does not count. Learning rate, weight decay and betas are the configuration's, never the file's.
+tests/training/checkpoint/test_library_checkpoint.py. Here every rank writes the fp32 slices that it
+holds, all ranks agree that it worked, and a manifest with every file's sha256 is written last:
+without it, a tag does not count. Learning rate, weight decay and betas are the configuration's,
+never the file's.
 """
 
 import os

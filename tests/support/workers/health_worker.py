@@ -1,4 +1,4 @@
-"""Norms per part on real engines against a dense, unsharded reference; run by test_health.py.
+"""Norms per part on real engines against a dense, unsharded reference; run by test_norms.py.
 
     torchrun --nproc-per-node=N tests/support/workers/health_worker.py
 """

@@ -1,6 +1,6 @@
 """launch/: shell that parses and that shellcheck has nothing against; one node without Slurm.
 
-The batch scripts are run by tests/test_slurm.py, on a real Slurm.
+The batch scripts are run by tests/cluster/test_slurm.py, on a real Slurm.
 """
 
 import re

@@ -5,7 +5,7 @@ import torch
 
 from common.settings import ConfigError
 from tests.support.workers import checkpoint_worker as worker
-from tests.test_checkpoint import ALONE
+from tests.training.checkpoint.test_checkpoint import ALONE
 from training.distributed import shutdown, start
 from training.ema import EMA
 from training.zero_state import find_shards

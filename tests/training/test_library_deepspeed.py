@@ -1,7 +1,7 @@
 """Defects of DeepSpeed that we work around, in DeepSpeed itself: one that fails here is gone.
 
 The numbers are those of the list in the README's section "Faults". Checkpoints:
-tests/test_library_checkpoint.py.
+tests/training/checkpoint/test_library_checkpoint.py.
 """
 
 import json

@@ -16,7 +16,7 @@ from training.ds_config import (
     read_ds_config,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
