@@ -1,7 +1,7 @@
 """What looks at the model between two steps: held-out losses, gauges, samples.
 
 None of it draws from a random stream of training or touches a gradient: a run that is watched
-trains as one that is not, bit for bit (tests/test_watching.py). Called by train.py.
+trains as one that is not, bit for bit (tests/evaluation/test_evaluator.py). Called by train.py.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 The paper trains with a caption of the silent video and a caption of the sound alone, so neither
 may leak into the other: no colours, shapes or motion in the audio caption, no sound words in the
-video caption (tests/test_playground.py holds both lists).
+video caption (tests/playground/test_world.py holds both lists).
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """Every scalar that a run writes, and what it means: stable names, the README's table.
 
 A tag stays what it is from one version to the next. `{...}` stands for a part of the model, a t or
-a layer. tests/test_watching.py compares this with the README and with what a run writes.
+a layer. tests/evaluation/test_evaluator.py compares this with the README and with what a run
+writes.
 """
 
 import re

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from model import AVFullDiT, AVFullDiTConfig
 from model.weights.load import iter_pretrained
-from tests.test_sample_tool import call, change, copied, refused, trained  # noqa: F401
+from tests.tools.test_sample import call, change, copied, refused, trained  # noqa: F401
 from tools import export, sample
 from training.checkpoint.save_load import read_weights, write_weights
 
