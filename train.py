@@ -282,7 +282,7 @@ def build_watch(
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: training.guards.run_state tells what each means."""
+    """Exit status: cluster.requeue tells what each means."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
     if not arguments or "=" in arguments[0]:
         print(__doc__)

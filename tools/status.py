@@ -15,10 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.requeue import HOPELESS
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.checkpoint.contents import MANIFEST, read_manifest, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
-from training.guards.run_state import HOPELESS, TIME_FORMAT, is_told, read_status
+from training.guards.run_state import TIME_FORMAT, is_told, read_status
 
 RECENT = 20  # training records that speed and mean loss are taken from
 SILENT_SECONDS = 600.0  # beyond this and ten log periods, "running" is doubted

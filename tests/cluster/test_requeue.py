@@ -1,4 +1,4 @@
-"""run_state.py: what a batch script does about an exit, without loading anything heavy."""
+"""cluster/requeue.py: what a batch script does about an exit, without loading anything heavy."""
 
 import subprocess
 import sys
@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from cluster import requeue
+from cluster.requeue import decide, newest_step
 from tests.support.launch import ROOT, environment
-from training.guards import run_state
-from training.guards.run_state import decide, newest_step, read_status, write_status
+from training.guards.run_state import read_status, write_status
 
 
 @pytest.fixture
@@ -77,17 +78,17 @@ def test_the_command_of_the_batch_script(run_dir, tmp_path, capsys):
     config.write_text("run_dir: elsewhere\n")
     arguments = [str(config), f"run_dir={run_dir}"]
     write_status(run_dir, "preempted")
-    assert run_state.main(["0", *arguments]) == 0
+    assert requeue.main(["0", *arguments]) == 0
     assert "requeue: preempted, exit 0" in capsys.readouterr().out
-    assert run_state.main(["77", *arguments]) == 1
+    assert requeue.main(["77", *arguments]) == 1
     assert "no requeue: bad numbers" in capsys.readouterr().out
-    assert run_state.main(["0"]) == run_state.main(["x", *arguments]) == 78
+    assert requeue.main(["0"]) == requeue.main(["x", *arguments]) == 78
     config.write_text("seed: 1\n")
-    assert run_state.main(["0", str(config)]) == 78
+    assert requeue.main(["0", str(config)]) == 78
 
 
 def test_it_imports_nothing_heavy():
-    code = "import sys, training.guards.run_state; print('torch' in sys.modules)"
+    code = "import sys, cluster.requeue; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(),
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

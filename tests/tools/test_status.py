@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.requeue import decide
 from tests.support.launch import ROOT, run
 from tools.status import StatusError, find_run, main, read_run, report
 from training.checkpoint.contents import Manifest, write_manifest
-from training.guards.run_state import TIME_FORMAT, decide, write_status
+from training.guards.run_state import TIME_FORMAT, write_status
 
 
 def write_lines(path, *lines):

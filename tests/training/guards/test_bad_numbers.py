@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from cluster.requeue import decide
 from tests.support.faults import ENGINES, Ranks, lines, start_runs, status, write_world
 from training.distributed import World
 from training.guards.bad_numbers import BadNumbersError, Drawn, Guard, GuardConfig
-from training.guards.run_state import decide
 
 ALONE = World(0, 1, 0, 1, "alone")
 FAST = ("fp32_zero0", "bf16_zero2")

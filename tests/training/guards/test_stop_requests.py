@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from cluster.requeue import decide
 from tests.support.faults import Ranks, lines, start_runs, status, write_world
-from training.guards.run_state import decide
 from training.guards.stop_requests import (
     SAFETY_SECONDS,
     STOP_FILE,

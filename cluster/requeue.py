@@ -1,0 +1,86 @@
+"""What a batch script does about an exit of train.py: requeue the job, or not.
+
+    python -m cluster.requeue EXIT_CODE CONFIG [key=value ...]    # exit 0: requeue the job
+
+Exit codes of train.py: 0 done or stopped in order, 76 hung, 77 bad numbers, 78 cannot run as it
+is configured, 1 a crash. A stop in order exits with 0, because srun kills the peers of a task that
+does not; RUN/status.json says whether the job is to go on. Imports nothing heavy. Called by
+launch/train.sbatch.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.settings import ConfigError, overlay, parse_overrides, read_yaml
+from training.checkpoint.run_dir import step_of, tags_in
+from training.guards.run_state import is_told, read_status
+
+HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
+UNTOLD = {"running": "ended without a word", "unknown": "ended before it trained"}
+FRUITLESS_STARTS = 2  # crashes without a new checkpoint before it is called a crash loop
+TERMINATED = 143  # by SIGTERM, which comes from outside: a preemption before train.py could save
+
+
+def latest_state(run_dir: Path) -> str:
+    """What the newest start told; "unknown" if it did not get so far."""
+    status, jobs = read_status(run_dir), run_dir / "jobs.jsonl"
+    lines = jobs.read_text(encoding="utf-8").splitlines() if jobs.is_file() else []
+    return status["state"] if is_told(status, [json.loads(line) for line in lines]) else "unknown"
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest finished checkpoint, 0 without one."""
+    finished = [tag for tag in tags_in(run_dir) if (tag / "manifest.json").is_file()]
+    return step_of(finished[-1]) if finished else 0
+
+
+def decide(run_dir: Path, code: int) -> tuple[bool, str]:
+    """(requeue?, why), and a line in RUN/requeues.jsonl.
+
+    A crash that brought no new checkpoint may be bad luck, more than FRUITLESS_STARTS in a row are
+    a crash loop. A preemption is no crash, and a job that a person submits counts anew.
+    """
+    state, step = latest_state(run_dir), newest_step(run_dir)
+    ledger, job = run_dir / "requeues.jsonl", os.environ.get("SLURM_JOB_ID")
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    past = [entry for entry in map(json.loads, lines) if entry.get("job") == job]
+    before = [entry["step"] for entry in past if not was_preempted(entry)][-FRUITLESS_STARTS:]
+    told = UNTOLD.get(state, state)
+    record = {"time": time.time(), "job": job, "step": step, "exit": code, "state": told}
+    requeue, why = False, f"{FRUITLESS_STARTS} requeues brought no checkpoint after step {step}"
+    if code in HOPELESS:
+        why = HOPELESS[code]
+    elif state in ("done", "stopped"):
+        why = f"the run is {state}"
+    elif was_preempted(record) or before != [step] * FRUITLESS_STARTS:
+        requeue, why = True, f"{told}, exit {code}, newest checkpoint at step {step}"
+    if run_dir.is_dir():
+        with open(ledger, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record | {"requeue": requeue, "why": why}) + "\n")
+    return requeue, why
+
+
+def was_preempted(entry: dict[str, Any]) -> bool:
+    """Whether a start ended because Slurm or a person asked it to."""
+    return entry["state"] == "preempted" or entry["exit"] == TERMINATED
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0: requeue; 1: do not; 78: the configuration cannot be read."""
+    try:
+        code, path, *overrides = arguments
+        values = overlay(read_yaml(path), parse_overrides(overrides))
+        requeue, why = decide(Path(values["run_dir"]), int(code))
+    except (ConfigError, KeyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78
+    print(f"{'requeue' if requeue else 'no requeue'}: {why}", flush=True)
+    return 0 if requeue else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
