@@ -14,11 +14,11 @@ import torch
 from common.settings import ConfigError, parse_config
 from data.loading.sources import DataConfig
 from evaluation.plots import Curves
+from evaluation.trained_run import RESTORE, read_run_file, read_setting
 from model import AVFullDiT, AVFullDiTConfig
 from model.variants import CHOICES
 from model.weights.hub import one_line_errors
 from model.weights.names import part_of
-from tools.export import RESTORE, read_run_file, read_setting
 from training.checkpoint.run_dir import read_lines
 from training.engine import count_by
 from training.metrics.writer import format_seconds

@@ -20,10 +20,10 @@ from common.settings import ConfigError, parse_config
 from data.loading.loader import build_loader
 from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError
+from evaluation.trained_run import load_model, read_run_file, read_setting
 from model.flow import FlowConfig
 from model.objective import Objective
 from model.variants import JointConfig
-from tools.export import load_model, read_run_file, read_setting
 from training.checkpoint.retention import complete_tags
 from training.checkpoint.run_dir import CheckpointError, step_of
 from training.guards.bad_numbers import json_number

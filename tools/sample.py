@@ -23,11 +23,11 @@ from data.manifest import check_text
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from data.schema import DataError, Metadata
 from evaluation.render import Decoders, write_files
+from evaluation.trained_run import load_model, read_run_file, read_setting
 from model.encoders import AudioTextEncoder, VideoTextEncoder
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
 from model.sampling import Prompts, sample
 from model.weights.hub import one_line_errors
-from tools.export import load_model, read_run_file, read_setting
 from training.checkpoint.retention import tag_of
 from training.checkpoint.save_load import CheckpointError
 

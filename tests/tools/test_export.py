@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evaluation import trained_run
 from model import AVFullDiT, AVFullDiTConfig
 from model.weights.load import iter_pretrained
 from tests.tools.test_sample import call, change, copied, refused, trained  # noqa: F401
@@ -86,7 +87,7 @@ def test_t2v_needs_nothing_of_tangoflux(copied, tmp_path, monkeypatch):  # noqa:
     shutil.rmtree(copied / "tangoflux")
     change(copied / "run/config/run.json", task="t2v")
     change(copied / "run/config/model.json", task="t2v", audio=None)
-    config = AVFullDiTConfig.from_dict(export.read_run_file(copied / "run/config/model.json"))
+    config = AVFullDiTConfig.from_dict(trained_run.read_run_file(copied / "run/config/model.json"))
     write_weights(copied / "run", 1, AVFullDiT(config).state_dict())
     arguments = ["--video-prompt", "x", "--num-steps", "1", "--out", tmp_path / "clips"]
     assert call(monkeypatch, copied / "run", *arguments) == 0
