@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from common.ranks import World
 from common.settings import ConfigError
 from data.loading.sources import DataConfig, Opened, check_data
 from data.provenance import check_provenance
@@ -21,7 +22,6 @@ from training.checkpoint.contents import MANIFEST, read_manifest
 from training.checkpoint.resume import check_resume, describe_run
 from training.checkpoint.retention import Found, complete_tags
 from training.checkpoint.run_dir import CheckpointError
-from training.distributed import World
 from training.ds_config import complete_ds_config, read_ds_config
 from training.engine import OptimizerConfig
 from training.guards.bad_numbers import GuardConfig

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from common.ranks import World, WorldError, broadcast_object, resolve_world
 from common.settings import ConfigError, load_config
 from config import Plan, RunConfig, about_run, build_plan, report, report_weights
 from data.loading.loader import HeldOut, build_loader
@@ -39,15 +40,7 @@ from training.checkpoint.retention import Retention, find_checkpoint
 from training.checkpoint.run_dir import CheckpointError, SaveError
 from training.checkpoint.run_lock import lock_run
 from training.checkpoint.save_load import load_checkpoint, save_checkpoint
-from training.distributed import (
-    World,
-    WorldError,
-    broadcast_object,
-    leave,
-    resolve_world,
-    shutdown,
-    start,
-)
+from training.distributed import leave, shutdown, start
 from training.ema import EMA
 from training.guards.bad_numbers import EXIT_CODE as BAD_NUMBERS
 from training.guards.bad_numbers import BadNumbersError, Drawn

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.ranks import World, barrier, resolve_world
 from training.checkpoint.contents import read_manifest
 from training.checkpoint.retention import Retention, find_checkpoint
 from training.checkpoint.save_load import load_checkpoint, save_checkpoint
-from training.distributed import World, barrier, resolve_world, shutdown, start
+from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
 from training.ema import EMA
 from training.engine import OptimizerConfig, build_engine, build_sharded

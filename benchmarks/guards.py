@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import train
+from common.ranks import resolve_world, sum_over_ranks
 from data.schema import Batch, Metadata, sample_fault
 from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
@@ -33,7 +34,7 @@ from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
 from playground.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
-from training.distributed import resolve_world, shutdown, start, sum_over_ranks
+from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
 from training.guards.bad_numbers import GuardConfig
 from training.guards.supervisor import Agreed, Safety

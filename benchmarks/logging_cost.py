@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.guards import interval
+from common.ranks import World
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import training_work
 from model.flow import FlowConfig
@@ -33,7 +34,7 @@ from model.towers.video_dit import VideoDiTConfig
 from model.weights.load import new_parameter_names
 from model.weights.names import part_of
 from training import engine as ds
-from training.distributed import World, shutdown, start
+from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
 from training.metrics.accumulator import Scale, Watch
 from training.metrics.norms import Health, group_places

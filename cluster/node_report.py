@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from training.distributed import World, on_gpu
+from common.ranks import World
+from training.distributed import on_gpu
 
 CLOCK_SECONDS = 5.0
 SLOW = {"cuda": 1.5, "cpu": 4.0}  # times the median; CPU processes may share a core

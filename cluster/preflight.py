@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from cluster.node_report import describe, judge, look
+from common.ranks import World, WorldError, export_world, resolve_world
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
-from training.distributed import World, WorldError, export_world, on_gpu, resolve_world
+from training.distributed import on_gpu
 
 ANSWER_SECONDS = 180.0  # for a node to start Python and look at itself
 REDUCE_SECONDS = 90.0  # for the first collective, which builds the connections

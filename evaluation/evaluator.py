@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from common.ranks import World
 from config import RunConfig
 from data.loading.loader import HeldOut
 from data.schema import Batch, DataError
@@ -20,7 +21,6 @@ from evaluation.gallery import CAPTIONS, write_gallery
 from evaluation.gauges import Gauges
 from evaluation.validation import Losses, Row, look_inside, measure, summarise, write_rows
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
-from training.distributed import World
 from training.ema import EMA
 from training.guards.optional import AttemptError
 from training.guards.supervisor import Safety

@@ -15,7 +15,8 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
-from training.distributed import World, on_gpu
+from common.ranks import World
+from training.distributed import on_gpu
 from training.ds_config import zero_stage
 from training.zero_state import find_shards
 

@@ -18,8 +18,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from common.ranks import World
 from common.settings import ConfigError
-from training.distributed import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -10,8 +10,8 @@ import pytest
 
 from cluster import node_report, preflight
 from cluster.node_report import judge, look, read_code, unfetched, unreachable
+from common.ranks import World
 from tests.support.launch import ROOT, environment
-from training.distributed import World
 
 GOOD = {"host": "", "problems": [], "versions": {"torch": "2.11"}, "driver": "580", "code": "abc",
         "device": "NVIDIA H200", "clock": 1000.0, "seconds": 0.010, "node_seconds": 0.002}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.distributed import World, WorldError, export_world, resolve_world
+from common.ranks import World, WorldError, export_world, resolve_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
             "TORCHELASTIC_RUN_ID": "x"}

@@ -21,6 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+from common.ranks import World
 from data.schema import DataError
 from evaluation.evaluator import Bench
 from evaluation.gallery import write_gallery
@@ -30,7 +31,6 @@ from tests.support.launch import ROOT, environment, run, run_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
 from tools import report
 from training.checkpoint.save_load import read_weights
-from training.distributed import World
 from training.guards.optional import AttemptError
 from training.metrics.tags import SCALARS, described
 from training.metrics.writer import MetricWriter, read_records

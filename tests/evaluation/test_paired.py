@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.ranks import World
 from evaluation import paired
 from evaluation.paired import bootstrap, differences, steps_of
 from evaluation.validation import (
@@ -18,7 +19,6 @@ from evaluation.validation import (
     summarise,
     write_rows,
 )
-from training.distributed import World
 
 T = (0.25, 0.75)
 

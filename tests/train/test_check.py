@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train
+from common.ranks import World
 from common.settings import ConfigError, load_config
 from config import RunConfig, about_run, build_plan
 from tests.support.faults import write_world
@@ -15,7 +16,6 @@ from tests.support.launch import ROOT
 from training.check import sources
 from training.checkpoint.contents import read_manifest, write_manifest
 from training.checkpoint.save_load import write_weights
-from training.distributed import World
 from training.ds_config import OFFERED, check_ds_config, complete_ds_config, read_ds_config
 
 MICRO = {"train_micro_batch_size_per_gpu": 1}

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import train
+from common.ranks import World
 from data.schema import load_metadata, save_metadata
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import ROOT, records, run, run_ranks, start_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
 from training.checkpoint.run_dir import CheckpointError, SaveError
 from training.checkpoint.run_lock import lock_run
-from training.distributed import World
 
 STEPS, SOME_STEPS, GLOBAL_BATCH = 10, 6, 8
 TAGS = ("train/loss_video", "train/loss_audio")

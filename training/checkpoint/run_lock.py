@@ -6,8 +6,8 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from common.ranks import World, broadcast_object
 from training.checkpoint.run_dir import CheckpointError
-from training.distributed import World, broadcast_object
 
 
 def lock_run(run_dir: Path, world: World) -> IO[str] | None:

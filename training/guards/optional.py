@@ -7,7 +7,7 @@ and then gathered. A rank that fails goes on to that gather, so that the others 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from training.distributed import World, gather_objects
+from common.ranks import World, gather_objects
 
 
 class AttemptError(RuntimeError):

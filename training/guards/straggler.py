@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from training.distributed import World, gather_objects
+from common.ranks import World, gather_objects
 
 PARTS = ("data", "forward")
 

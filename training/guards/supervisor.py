@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.ranks import World, broadcast_object, start_sum_over_ranks
 from common.settings import ConfigError
-from training.distributed import World, broadcast_object, start_sum_over_ranks
 from training.guards.bad_numbers import Drawn, Guard, GuardConfig
 from training.guards.failure_report import Failure, Last
 from training.guards.run_state import write_status

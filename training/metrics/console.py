@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from common.ranks import World
 from training.checkpoint.run_dir import tags_in
-from training.distributed import World
 from training.metrics.writer import NO_STEP, format_seconds, read_records
 
 RECENT = 50  # records from which the time of a step is taken

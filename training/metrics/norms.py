@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from training.distributed import World, sum_over_ranks
+from common.ranks import World, sum_over_ranks
 from training.engine import OptimizerConfig, parameter_groups
 from training.zero_state import base_optimizer, find_shards, read_moments, updates_done
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from common.ranks import World, barrier, resolve_world
 from tests.support.workers.checkpoint_worker import (
     DECAY,
     build,
@@ -27,7 +28,7 @@ from training.checkpoint import contents, retention, save_load
 from training.checkpoint import slices as storage
 from training.checkpoint.run_dir import CheckpointError
 from training.checkpoint.run_lock import lock_run
-from training.distributed import World, barrier, leave, resolve_world, shutdown, start
+from training.distributed import leave, shutdown, start
 from training.ema import EMA
 
 

@@ -16,17 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.ranks import World, barrier, gather_objects, resolve_world
 from training import engine
 from training.checkpoint import contents, retention, save_load
-from training.distributed import (
-    World,
-    barrier,
-    gather_objects,
-    leave,
-    resolve_world,
-    shutdown,
-    start,
-)
+from training.distributed import leave, shutdown, start
 from training.ds_config import complete_ds_config
 from training.ema import EMA
 from training.zero_state import find_shards, read_moments

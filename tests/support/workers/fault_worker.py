@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 import train
+from common.ranks import resolve_world
 from common.settings import load_config
 from config import RunConfig, build_plan
 from data.schema import DataError
 from evaluation import samples
 from model.objective import Objective
-from training.distributed import leave, resolve_world, shutdown, start
+from training.distributed import leave, shutdown, start
 from training.guards.bad_numbers import BadNumbersError
 from training.zero_state import find_shards
 

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 
+from common.ranks import World, resolve_world, sum_over_ranks
 from tests.support.workers.checkpoint_worker import (
     ENGINES,
     GLOBAL_BATCH,
@@ -20,7 +21,7 @@ from tests.support.workers.checkpoint_worker import (
     build,
 )
 from training import engine as ds
-from training.distributed import World, leave, resolve_world, shutdown, start, sum_over_ranks
+from training.distributed import leave, shutdown, start
 from training.metrics.norms import Health, group_places
 from training.zero_state import find_shards, parameter_shapes
 

@@ -17,8 +17,9 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch import nn
 
+from common.ranks import World, barrier, gather_objects, resolve_world
 from tests.support.workers.checkpoint_worker import ZERO3, Model
-from training.distributed import World, barrier, gather_objects, resolve_world, shutdown, start
+from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
 from training.engine import OptimizerConfig as Optimizer
 from training.engine import build_sharded, parameter_groups

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
+from common.ranks import resolve_world
 from training import engine as ds
-from training.distributed import resolve_world, start
+from training.distributed import start
 from training.ds_config import complete_ds_config, read_ds_config
 
 WIDTH, MICRO_BATCHES, RANKS = 64, 8, 2

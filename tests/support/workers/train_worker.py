@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 import train
+from common.ranks import resolve_world
 from common.settings import load_config
 from model.objective import Objective
-from training.distributed import leave, resolve_world, shutdown, start
+from training.distributed import leave, shutdown, start
 
 
 def digest(tensor: torch.Tensor) -> str:

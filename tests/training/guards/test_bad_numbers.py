@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cluster.requeue import decide
+from common.ranks import World
 from tests.support.faults import ENGINES, Ranks, lines, start_runs, status, write_world
-from training.distributed import World
 from training.guards.bad_numbers import BadNumbersError, Drawn, Guard, GuardConfig
 
 ALONE = World(0, 1, 0, 1, "alone")

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
+from common.ranks import World
 from data.schema import Batch
 from tests.support.faults import Ranks, lines, status, write_world
-from training.distributed import World
 from training.guards.failure_report import Failure, Last, is_out_of_memory
 
 ALONE = World(0, 1, 0, 1, "alone")

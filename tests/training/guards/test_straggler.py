@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from common.ranks import World
 from tests.support.faults import lines, start_runs, write_world
-from training.distributed import World
 from training.guards.straggler import Straggler
 
 

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from training.distributed import World
+from common.ranks import World
 from training.metrics.console import budget, rank_log, summary
 from training.metrics.tensorboard import Events, drop_from, flatten
 from training.metrics.writer import Clock
