@@ -22,7 +22,7 @@ from transformers import (
 
 from playground.backbones import recipe
 from playground.backbones.clips import TRAIN_SEED
-from playground.world.clip import COLOURS, MATERIALS, SCENES, Facts, describe
+from playground.world.clip import COLOURS, MATERIALS, SCENES, ClipFacts, describe
 from playground.world.physics import MOTION_NAMES
 from playground.world.wording import how_many
 
@@ -60,7 +60,7 @@ def build_tokenizer(captions: list[str]) -> T5TokenizerFast:
     )
 
 
-def video_labels(facts: Facts) -> list[int]:
+def video_labels(facts: ClipFacts) -> list[int]:
     """Six colour flags, then number of balls, material, motion, scene kind (0 = none)."""
     flags = [int(colour in facts.colours) for colour in COLOURS]
     material = 1 + MATERIALS.index(facts.material) if facts.material else 0
@@ -69,7 +69,7 @@ def video_labels(facts: Facts) -> list[int]:
     return [*flags, len(facts.colours), material, motion, kind]
 
 
-def audio_labels(facts: Facts) -> list[int]:
+def audio_labels(facts: ClipFacts) -> list[int]:
     """Material, rough number of impacts, kind of ambience (0 = none)."""
     material = 1 + MATERIALS.index(facts.material) if facts.material else 0
     words = ("a single", "a few", "several", "many")

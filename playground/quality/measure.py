@@ -25,7 +25,7 @@ from playground.backbones.latents import Latents, encode_captions, encode_clip
 from playground.backbones.towers import VIDEO_FLOW, AudioTower, VideoTower
 from playground.quality import scores
 from playground.quality.recognise import judge
-from playground.world.clip import Facts, describe, make_clip
+from playground.world.clip import ClipFacts, describe, make_clip
 
 CLIPS = 48
 PROBE_TRAIN, PROBE_TEST = 1200, 400
@@ -39,7 +39,7 @@ class Reconstruction:
     def __init__(self, index: int, video_vae: VideoVAE, audio_vae: AudioVAE):
         clip = make_clip(HELD_OUT_SEED, index)
         frames, audio = small_clip(clip)
-        self.facts: Facts = clip.facts
+        self.facts: ClipFacts = clip.facts
         self.source = frames[FIRST_FRAME:FIRST_FRAME + WINDOW_FRAMES]  # (49,64,96,3)
         start = time.perf_counter()
         self.video, self.mean, self.std = encode_clip(video_vae, audio_vae, frames, audio)

@@ -22,7 +22,7 @@ from scipy import ndimage
 from data.clips.decode import CutSpec, read_cut
 from playground.backbones.clips import FPS, HEIGHT, HOP, SAMPLE_RATE, WIDTH, WINDOW_FRAMES
 from playground.quality.scores import centres, colour_mass, onset_curve
-from playground.world.clip import COLOURS, Facts, describe
+from playground.world.clip import COLOURS, ClipFacts, describe
 from playground.world.physics import FLOOR, GRAVITY
 
 BALL_MASS = 18.0  # chroma x pixels from which a colour is a ball: the smallest ball has about 60
@@ -144,7 +144,7 @@ def judge_lag(seen: list[np.ndarray], heard: list[np.ndarray]) -> dict[str, floa
             "p": float((1 + (shuffled <= own).sum()) / (1 + SHUFFLES))}
 
 
-def judge(clips: list[tuple[Facts, np.ndarray, np.ndarray]]) -> dict:
+def judge(clips: list[tuple[ClipFacts, np.ndarray, np.ndarray]]) -> dict:
     """All figures of clips (facts asked for, frames (T,64,96,3), wave (2,N))."""
     looked = [look(frames) for _, frames, _ in clips]
     pairs = list(zip((facts for facts, _, _ in clips), looked, strict=True))
@@ -172,17 +172,17 @@ def judge(clips: list[tuple[Facts, np.ndarray, np.ndarray]]) -> dict:
     }
 
 
-def facts_of(name: str) -> Facts:
+def facts_of(name: str) -> ClipFacts:
     """Ground truth of a clip named playground-SEED-INDEX."""
     _, seed, index = name.split("-")
     return describe(int(seed), int(index))
 
 
-def read_samples(folder: Path, count: int) -> list[tuple[Facts, np.ndarray, np.ndarray]]:
+def read_samples(folder: Path, count: int) -> list[tuple[ClipFacts, np.ndarray, np.ndarray]]:
     """The first `count` tight clips of a folder of sampled mp4 files."""
     spec = CutSpec(fps=FPS, frames=WINDOW_FRAMES, height=HEIGHT, width=WIDTH,
                    sample_rate=SAMPLE_RATE, hop=HOP, keep_silent=True)
-    clips: list[tuple[Facts, np.ndarray, np.ndarray]] = []
+    clips: list[tuple[ClipFacts, np.ndarray, np.ndarray]] = []
     for path in sorted(folder.glob("playground-*.mp4")):
         facts = facts_of(path.stem)
         if facts.clip_class == "tight" and len(clips) < count:

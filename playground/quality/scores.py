@@ -11,7 +11,7 @@ import torch
 
 from playground.backbones.audio_vae import WINDOW_START
 from playground.backbones.clips import SAMPLE_RATE
-from playground.world.clip import COLOURS, Facts
+from playground.world.clip import COLOURS, ClipFacts
 from playground.world.drawing import COLOURS as RGB
 from playground.world.impacts import loudness
 
@@ -51,7 +51,7 @@ def centres(frames: np.ndarray, colour: str) -> tuple[np.ndarray, np.ndarray]:
     return middle / np.maximum(mass, 1e-6)[:, None], mass
 
 
-def centre_errors(decoded: np.ndarray, source: np.ndarray, facts: Facts) -> np.ndarray:
+def centre_errors(decoded: np.ndarray, source: np.ndarray, facts: ClipFacts) -> np.ndarray:
     """Distance in pixels, decoded to source, for every ball and frame it is visible in."""
     errors = []
     for colour in facts.colours:
@@ -78,7 +78,7 @@ def onset_curve(wave: np.ndarray) -> np.ndarray:
     return rise
 
 
-def clear_events(facts: Facts, samples: int) -> list[float]:
+def clear_events(facts: ClipFacts, samples: int) -> list[float]:
     """Times (s, in the window) of impacts that are loud enough and alone enough to be timed."""
     start = WINDOW_START / SAMPLE_RATE
     times = np.array([event.time for event in facts.events])
@@ -92,7 +92,7 @@ def clear_events(facts: Facts, samples: int) -> list[float]:
     return found
 
 
-def onset_errors(decoded: np.ndarray, source: np.ndarray, facts: Facts) -> np.ndarray:
+def onset_errors(decoded: np.ndarray, source: np.ndarray, facts: ClipFacts) -> np.ndarray:
     """|time of the strongest rise near each clear impact|, decoded minus source, milliseconds."""
     curves = [onset_curve(wave) for wave in (decoded, source)]
     reach = round(1000 * SEARCH_SECONDS)

@@ -17,10 +17,10 @@ MATERIALS = tuple(impacts.MODES)
 COLOURS = tuple(drawing.COLOURS)
 SCENES = tuple(drawing.AMBIENT)
 LOOSE_SHARE = 0.25
-__all__ = ["COLOURS", "FPS", "MATERIALS", "SCENES", "Clip", "Facts", "describe", "make_clip"]
+__all__ = ["COLOURS", "FPS", "MATERIALS", "SCENES", "Clip", "ClipFacts", "describe", "make_clip"]
 
 
-class Facts(NamedTuple):
+class ClipFacts(NamedTuple):
     """Everything about a clip but picture and sound. Loose clips have no balls and no events."""
 
     id: str
@@ -36,7 +36,7 @@ class Facts(NamedTuple):
 
 
 class Clip(NamedTuple):
-    facts: Facts
+    facts: ClipFacts
     frames: np.ndarray  # (72,128,192,3) uint8 at 24 fps
     audio: np.ndarray  # (144000,2) float32 at 48 kHz
     positions: np.ndarray  # (72,N,2) ball centres in pixels; N = 0 in loose clips
@@ -52,17 +52,17 @@ def _is_loose(seed: int, index: int) -> bool:
     return bool(_stream(seed, index, "class").uniform() < LOOSE_SHARE)
 
 
-def _describe_loose(seed: int, index: int) -> tuple[Facts, float]:
+def _describe_loose(seed: int, index: int) -> tuple[ClipFacts, float]:
     rng = _stream(seed, index, "scene")
     scene = SCENES[int(rng.integers(len(SCENES)))]
     # two separate levels, so that the words "light" and "heavy" are never a matter of taste
     strength = float(rng.uniform(0.0, 0.3) + 0.7 * rng.integers(2))
     video, audio = wording.ambient(_stream(seed, index, "caption"), scene, strength)
     name = f"playground-{seed}-{index:06d}"
-    return Facts(name, "loose", scene, "", (), (), "", [], video, audio), strength
+    return ClipFacts(name, "loose", scene, "", (), (), "", [], video, audio), strength
 
 
-def _describe_tight(seed: int, index: int) -> tuple[Facts, list, Motion]:
+def _describe_tight(seed: int, index: int) -> tuple[ClipFacts, list, Motion]:
     rng = _stream(seed, index, "scene")
     material = MATERIALS[int(rng.integers(len(MATERIALS)))]
     count = int(rng.integers(1, 4))
@@ -78,13 +78,13 @@ def _describe_tight(seed: int, index: int) -> tuple[Facts, list, Motion]:
     )
     radii = tuple(body.radius for body in bodies)
     name = f"playground-{seed}-{index:06d}"
-    facts = Facts(
+    facts = ClipFacts(
         name, "tight", scene, material, tuple(colours), radii, motion, run.events, video, audio
     )
     return facts, bodies, run
 
 
-def describe(seed: int, index: int) -> Facts:
+def describe(seed: int, index: int) -> ClipFacts:
     """Captions and ground truth without drawing or synthesising anything (about 10 ms)."""
     return _describe_loose(seed, index)[0] if _is_loose(seed, index) else (
         _describe_tight(seed, index)[0]
