@@ -52,7 +52,7 @@ class Preview:
     negative_prompts: bool
 
 
-class Drawn(NamedTuple):
+class DrawnClip(NamedTuple):
     """One clip as latents on the host."""
 
     name: str
@@ -119,7 +119,7 @@ def _title(record: dict[str, Any]) -> str:
 def _draw(
     preview: Preview, engine: Any, prompts: list[tuple[Batch, dict[str, Any]]], world: World,
     on_clip: Callable[[], None], drawing: Attempt,
-) -> list[Drawn]:
+) -> list[DrawnClip]:
     """This rank's clips. All ranks go through the same rounds: some draw a clip they drop."""
     rounds: list[tuple[str, int, dict[str, Any]]] = [("", len(prompts), {}), ("_guidance1", 1, {})]
     if preview.tangoflux:
@@ -136,7 +136,7 @@ def _draw(
                 video, audio = _sample(preview, partial(engine, **more), engine.device,
                                        batch, place % count, scales)
                 if place < count:
-                    kept.append(Drawn(_name(place, batch) + suffix, _title(record),
+                    kept.append(DrawnClip(_name(place, batch) + suffix, _title(record),
                                       float(batch.duration[0]), video, audio))
     return kept
 
@@ -173,17 +173,17 @@ def _sample(
     return video.cpu(), None if audio is None else audio.cpu()
 
 
-def _stored(prompts: list[tuple[Batch, dict[str, Any]]], world: World) -> list[Drawn]:
+def _stored(prompts: list[tuple[Batch, dict[str, Any]]], world: World) -> list[DrawnClip]:
     """The held-out clips themselves, as the frozen autoencoders give them back; in turn."""
     return [
-        Drawn(_name(place, batch), f"held-out clip: {_title(record)}", float(batch.duration[0]),
+        DrawnClip(_name(place, batch), f"held-out clip: {_title(record)}", float(batch.duration[0]),
               batch.video_latents, batch.audio_mean if batch.has_audio[0] else None)
         for place, (batch, record) in enumerate(prompts)
         if place % world.world_size == world.rank
     ]
 
 
-def _decode(preview: Preview, device: torch.device, clips: dict[str, list[Drawn]]) -> None:
+def _decode(preview: Preview, device: torch.device, clips: dict[str, list[DrawnClip]]) -> None:
     """Write this rank's clips."""
     data = preview.held_out.opened[0].metadata
     decoders: Decoders | None = None
