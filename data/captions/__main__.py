@@ -34,7 +34,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.captions.caption_files import KINDS, Job, Record, appending, join, json_line, read_part
+from data.captions.caption_files import (
+    KINDS,
+    CaptionJob,
+    Record,
+    appending,
+    join,
+    json_line,
+    read_part,
+)
 from data.captions.captioners import (
     Answer,
     AudioCaptioner,
@@ -55,7 +63,7 @@ DECODERS = 2  # threads that decode the next batch while the model writes this o
 Captioner = VideoCaptioner | AudioCaptioner
 
 
-def build_jobs(args: argparse.Namespace) -> list[Job]:
+def build_jobs(args: argparse.Namespace) -> list[CaptionJob]:
     """The one or two passes of a run; models, prompts and what is already there are checked."""
     if args.out.suffix != ".jsonl":
         raise DataError(f"out={args.out}: must end in .jsonl; its neighbours are named after it")
@@ -77,7 +85,7 @@ def build_jobs(args: argparse.Namespace) -> list[Job]:
             continue
         with one_line_errors(DataError, f"{kind}_model={source}"):
             openers[kind](source)
-        job = Job(
+        job = CaptionJob(
             kind, args.out.with_suffix(f".{kind}.jsonl"),
             args.out.with_suffix(f".{kind}.rejects.jsonl"), specs[kind],
             source if not Path(source).is_dir() else Path(source).resolve().name,
@@ -99,7 +107,7 @@ def read_prompt(path: Path) -> str:
 
 
 def run_job(
-    job: Job, records: list[Record], faults: list[Fault], root: Path,
+    job: CaptionJob, records: list[Record], faults: list[Fault], root: Path,
     load: Callable[[], Captioner], batch: int,
 ) -> collections.Counter[str]:
     """Caption what `job.part` does not hold yet. Counts: new, kept, truncated, rejects' reasons.
@@ -131,7 +139,7 @@ def run_job(
 
 
 def caption_group(
-    job: Job, captioner: Any, group: list[tuple[Record, Future[Cut]]],
+    job: CaptionJob, captioner: Any, group: list[tuple[Record, Future[Cut]]],
     counts: collections.Counter[str],
 ) -> tuple[list[Record], list[Record]]:
     """(captions, rejects) of one batch."""
@@ -228,7 +236,7 @@ def parse_slice(text: str) -> tuple[int, int]:
     return int(first), int(step)
 
 
-def load_captioner(job: Job, args: argparse.Namespace) -> Captioner:
+def load_captioner(job: CaptionJob, args: argparse.Namespace) -> Captioner:
     source = getattr(args, f"{job.kind}_model")
     with one_line_errors(DataError, f"{job.kind}_model={source}"):
         if job.kind == "video":
@@ -263,7 +271,7 @@ def _tally(counts: collections.Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "nothing"
 
 
-def _line(job: Job, record: Record, answer: Answer) -> Record:
+def _line(job: CaptionJob, record: Record, answer: Answer) -> Record:
     found = {"caption": answer.text, "truncated": answer.truncated}
     return {"id": record["id"]} | found | job.identity
 

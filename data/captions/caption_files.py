@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class CaptionJob:
     """One kind of caption: who makes it, from what, and where it goes."""
 
     kind: str  # of KINDS
@@ -40,7 +40,7 @@ class Job:
         return {"model": self.model, "prompt": digest, "sampling": self.sampling}
 
 
-def read_part(job: Job) -> dict[str, Record]:
+def read_part(job: CaptionJob) -> dict[str, Record]:
     """id -> line of the captions that are there; a half-written last line does not count.
 
     DataError if another model, prompt or sampling made them, or if a line is damaged.
