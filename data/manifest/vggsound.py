@@ -18,7 +18,7 @@ NAME = re.compile(r"(?P<id>.{11})_(?P<start>\d+)(?:_(?P<end>\d+))?", re.ASCII)
 SUBSETS = Path(__file__).with_name("vggsound_subsets.json")  # Table 6, in stat.csv's spelling
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
     label: str
     split: str  # the csv's: train or test
 
@@ -63,11 +63,11 @@ def list_vggsound(root: Path, table: Path | None = None) -> Listing:
     return Listing(list(records.values()), rejects)
 
 
-def read_table(path: Path) -> tuple[dict[tuple[str, int], Row], list[Record]]:
+def read_table(path: Path) -> tuple[dict[tuple[str, int], Entry], list[Record]]:
     """(id, start) -> label and split; odd lines as ledger lines."""
     if not path.is_file():
         raise DataError(f"table={path}: no such file; give VGGSound's csv with --table")
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, int], Entry] = {}
     rejects = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, skipinitialspace=True)
@@ -76,7 +76,8 @@ def read_table(path: Path) -> tuple[dict[tuple[str, int], Row], list[Record]]:
                 line = reader.line_num
                 if len(cells) == 4 and cells[1].isdecimal() and cells[3] in ("train", "test"):
                     clip = cells[0], int(cells[1])
-                    if rows.setdefault(clip, Row(cells[2], cells[3])) != Row(cells[2], cells[3]):
+                    entry = Entry(cells[2], cells[3])
+                    if rows.setdefault(clip, entry) != entry:
                         detail = f"{path.name} line {line}: another label or split than before"
                         rejects.append(reject({"id": cells[0]}, "duplicate", detail))
                 elif cells:
