@@ -35,7 +35,7 @@ FLAN_T5_LARGE: dict[str, Any] = {
 }
 
 
-class Found(NamedTuple):
+class Encoder(NamedTuple):
     """One encoder, built from its config."""
 
     module: nn.Module
@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 def check_encoders(task: str, wan: str | Path, tangoflux: str | Path) -> tuple[bool, list[str]]:
     """Whether every encoder that is there fits, and one line each, then one line per fault."""
-    sources: list[tuple[str, Callable[[str | Path], Found], str | Path]] = [
+    sources: list[tuple[str, Callable[[str | Path], Encoder], str | Path]] = [
         ("wan vae", _video_vae, wan), ("wan text_encoder", _video_text, wan)]
     if task == "t2av":
         sources += [("tangoflux vae", _audio_vae, tangoflux),
@@ -60,7 +60,7 @@ def check_encoders(task: str, wan: str | Path, tangoflux: str | Path) -> tuple[b
     return not faults, lines + faults
 
 
-def _compare(build: Callable[[str | Path], Found], source: str | Path) -> tuple[str, list[str]]:
+def _compare(build: Callable[[str | Path], Encoder], source: str | Path) -> tuple[str, list[str]]:
     """What one encoder is, in words, and its tensors that do not fit."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -77,24 +77,24 @@ def _compare(build: Callable[[str | Path], Found], source: str | Path) -> tuple[
     return line, differences(wanted, found)
 
 
-def _video_vae(wan: str | Path) -> Found:
+def _video_vae(wan: str | Path) -> Encoder:
     folder = wan_subfolder(wan, "vae", "config.json")
     vae: Any = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
-    return Found(vae, weight_files(folder))
+    return Encoder(vae, weight_files(folder))
 
 
-def _video_text(wan: str | Path) -> Found:
+def _video_text(wan: str | Path) -> Encoder:
     folder = wan_subfolder(wan, "text_encoder", "config.json")
-    return Found(UMT5EncoderModel(UMT5Config.from_pretrained(folder)), weight_files(folder))
+    return Encoder(UMT5EncoderModel(UMT5Config.from_pretrained(folder)), weight_files(folder))
 
 
-def _audio_vae(tangoflux: str | Path) -> Found:
+def _audio_vae(tangoflux: str | Path) -> Encoder:
     path, config = tangoflux_file(tangoflux, "vae.safetensors")
     vae: Any = AutoencoderOobleck(**config.get("vae", {}))
-    return Found(vae, [path])
+    return Encoder(vae, [path])
 
 
-def _audio_text(tangoflux: str | Path) -> Found:
+def _audio_text(tangoflux: str | Path) -> Encoder:
     path, config = tangoflux_file(tangoflux, "tangoflux.safetensors")
     name, lacks = config.get("text_encoder_name", FLAN_T5_HUB_ID), ""
     try:
@@ -104,7 +104,7 @@ def _audio_text(tangoflux: str | Path) -> Found:
             raise
         shape = T5Config(**FLAN_T5_LARGE)
         lacks = f"; its tokenizer is not there, prepare and sample need it ({error})"
-    return Found(T5EncoderModel(shape), [path], TANGOFLUX_OTHER_TENSORS, lacks)
+    return Encoder(T5EncoderModel(shape), [path], TANGOFLUX_OTHER_TENSORS, lacks)
 
 
 def _without_tied(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
