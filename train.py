@@ -277,6 +277,9 @@ def build_watch(
 def main(arguments: list[str]) -> int:
     """Exit status: cluster.requeue tells what each means."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if not arguments or "=" in arguments[0]:
         print(__doc__)
         return 78

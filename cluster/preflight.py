@@ -139,6 +139,9 @@ def attend(meeting: Meeting, values: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit status 0: all nodes are good; 1: some are not, they are named; 78: bad arguments."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     began = time.monotonic()
     try:
         values = overlay(read_yaml(arguments[0]), parse_overrides(arguments[1:]))

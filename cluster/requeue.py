@@ -71,6 +71,9 @@ def was_preempted(entry: dict[str, Any]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Exit status 0: requeue; 1: do not; 78: the configuration cannot be read."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
         code, path, *overrides = arguments
         values = overlay(read_yaml(path), parse_overrides(overrides))

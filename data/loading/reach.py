@@ -16,6 +16,9 @@ SECONDS = 20.0  # of one attempt
 
 
 def main(remotes: list[str]) -> int:
+    if remotes[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     lost = False
     with tempfile.TemporaryDirectory() as folder:
         for number, remote in enumerate(remotes):

@@ -260,7 +260,3 @@ def main() -> None:
     quality = recipe.load_json(recipe.WEIGHTS / "quality.json")
     write_report(quality, recipe.WEIGHTS / "QUALITY.md")
     print((recipe.WEIGHTS / "QUALITY.md").read_text())
-
-
-if __name__ == "__main__":
-    main()
