@@ -1,6 +1,7 @@
-"""The rules of the house, checked: import graph, file sizes, twins that cannot drift."""
+"""The rules of the house, checked: floors, rooms, sizes, names, twins that cannot drift."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,36 @@ import pytest
 from common.settings import read_yaml
 
 ROOT = Path(__file__).parents[1]
-OURS = {"model", "data", "training", "tools", "experiment", "train"}
-SOURCES = sorted(
-    [ROOT / "train.py", ROOT / "config.py",
-     *(path for part in ("model", "data", "training", "tools")
-       for path in (ROOT / part).rglob("*.py"))]
-)
-ENCODERS = ("model/encoders.py", "model/weights/encoder_headers.py")
+MOST_FILES, MOST_LINES = 12, 450  # in a folder; in a file
+# Floor by floor: what each may import of ours. Tools are verbs: they join what they need, and
+# nobody imports them, nor train.py, but tests.
+FLOORS = {
+    "common": set(),
+    "model": {"common"},
+    "training": {"common"},
+    "data": {"common", "model"},
+    "cluster": {"common", "training"},
+    "playground": {"common", "model", "data"},
+    "config": {"common", "model", "training", "data"},
+    "evaluation": {"common", "model", "training", "data", "playground", "config"},
+    "train": {"common", "model", "training", "data", "config", "evaluation"},
+    "tools": {"common", "model", "training", "data", "playground", "config", "evaluation",
+              "cluster"},
+}
+# A trained model loads with torch and safetensors alone.
+LIGHT = {"common.strict_config"}
 # Where a heavy library may be imported; everything else stays free of it.
+ENCODERS = ("model/encoders.py", "model/weights/encoder_headers.py")
 ALLOWED = {
-    "deepspeed": ("train.py", "training/", "tools/export.py"),
+    "deepspeed": ("training/",),
     "streaming": ("data/",),
     "diffusers": (*ENCODERS, "model/sampling.py", "playground/backbones/"),
-    "transformers": (*ENCODERS, "data/caption", "playground/backbones/"),
+    "transformers": (*ENCODERS, "data/captions/", "playground/backbones/"),
 }
-
 # The model is a function of its inputs: only these read or write files.
 MODEL_FILES = (
     "model/weights/load.py",  # released weights in and out
-    "model/weights/hub.py",  # finds, checks and reads weight files for the other two
+    "model/weights/hub.py",  # finds, checks and reads weight files for the others
     "model/weights/saving.py",  # a trained model's own folder
     "model/weights/encoder_headers.py",  # configs and headers of the frozen encoders
     "model/encoders.py",  # frozen encoders load themselves from released folders
@@ -36,6 +48,21 @@ FILE_CALLS = {
     "read_text", "read_bytes", "write_text", "write_bytes", "from_pretrained", "save_pretrained",
 }
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+
+
+def python_files(*tops: str) -> dict[str, ast.Module]:
+    """Path -> tree of every Python file of these packages or modules."""
+    paths = [path for top in tops
+             for path in [ROOT / f"{top}.py", *sorted((ROOT / top).rglob("*.py"))]
+             if path.is_file()]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8"))
+            for path in paths}
+
+
+PRODUCT = python_files(*FLOORS)
+TESTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("*.py"))]
+MODULES = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+           for name in PRODUCT}
 
 
 def names_used(tree: ast.AST) -> set[str]:
@@ -48,37 +75,113 @@ def names_used(tree: ast.AST) -> set[str]:
     }
 
 
-def imports(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(tree: ast.Module, when_imported: bool = False) -> set[str]:
+    """Modules that a file imports: anywhere, or only what runs when it is imported itself."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
-    return names
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & MODULES
+            found.add(node.module)
+        if not (when_imported and isinstance(node, ast.FunctionDef | ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_import_graph(path):
-    name = str(path.relative_to(ROOT))
-    tops = {module.split(".")[0] for module in imports(path)}
-    own = tops & OURS
-    if name.startswith("model/"):
-        assert own <= {"model"}
-        assert not any(module.startswith("torch.distributed") for module in imports(path))
-        assert not tops & {"logging"}
-    if name.startswith("training/"):
-        assert own <= {"training"}
-    assert "train" not in own, "nothing imports train.py but tests"
+@pytest.mark.parametrize("name", PRODUCT)
+def test_floors(name):
+    found = imports(PRODUCT[name])
+    tops = {module.split(".")[0] for module in found}
+    own = name.removesuffix(".py").split("/")[0]
+    wrong = tops & FLOORS.keys() - FLOORS[own] - {own}
+    assert not wrong, f"{name} imports {sorted(wrong)}; {own} may: {sorted(FLOORS[own])}"
+    if own == "tools":
+        assert "tools" not in tops, "a verb imports no other: share it in evaluation/"
+    if own == "model":
+        assert not any(module.startswith("torch.distributed") for module in found)
+        assert "logging" not in tops
+        assert {module for module in found if module.startswith("common.")} <= LIGHT
     for library, places in ALLOWED.items():
         if library in tops:
             assert name.startswith(places), f"{library} is imported in {name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "model").rglob("*.py")), ids=lambda p: p.name)
-def test_model_reads_no_environment_and_few_files(path):
-    name = str(path.relative_to(ROOT))
-    used = names_used(ast.parse(path.read_text(encoding="utf-8")))
+def test_light_modules_stay_light():
+    for module in LIGHT:
+        found = imports(PRODUCT[module.replace(".", "/") + ".py"])
+        assert not {name.split(".")[0] for name in found} & {"torch", "yaml", "pydantic"}, module
+
+
+def test_no_circle_of_imports():
+    """Of what runs when a module is imported, with the packages that this imports on the way."""
+    needs = {}
+    for name, tree in PRODUCT.items():
+        module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        reached = {".".join(parts[:count]) for parts in
+                   (found.split(".") for found in imports(tree, when_imported=True))
+                   for count in range(1, len(parts) + 1)}
+        needs[module] = {one for one in reached & MODULES
+                         if not f"{module}.".startswith(f"{one}.")}
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module):], module])
+        if module not in done:
+            for one in sorted(needs[module]):
+                visit(one, [*path, module])
+            done.add(module)
+
+    for module in needs:
+        visit(module, [])
+
+
+def test_rooms_are_small():
+    """At most so many Python files a folder, __init__.py counted; tests too."""
+    counts = Counter(str(Path(name).parent) for name in [*PRODUCT, *TESTS])
+    assert not {name: count for name, count in counts.items() if count > MOST_FILES}
+
+
+def test_files_stay_readable():
+    long = {}
+    for name in [*PRODUCT, *TESTS]:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        if lines > MOST_LINES:
+            long[name] = lines
+    assert not long
+
+
+def test_no_file_name_twice():
+    names = Counter(Path(name).name for name in PRODUCT)
+    twice = {name for name, count in names.items() if count > 1}
+    assert twice <= {"__init__.py", "__main__.py"}
+
+
+def test_no_class_name_twice():
+    where: dict[str, list[str]] = {}
+    for name, tree in PRODUCT.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(name)
+    assert not {name: places for name, places in where.items() if len(places) > 1}
+
+
+def test_tests_stand_where_the_files_stand():
+    """tests/a/b/ holds the tests of a/b/; train/ has whole runs, support/ what tests share."""
+    folders = {str(Path(name).parent.relative_to("tests")) for name in TESTS}
+    rooms = {folder for folder in folders
+             if folder.split("/")[0] not in (".", "support", "train", "fixtures")}
+    assert not {room for room in rooms if not (ROOT / room / "__init__.py").is_file()}
+    helpers = {name for name in TESTS if not name.startswith(("tests/support/", "tests/fixtures/"))
+               and not Path(name).name.startswith(("test_", "__init__", "conftest"))}
+    assert not helpers, "helpers belong to tests/support/"
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCT if name.startswith("model/")])
+def test_model_reads_no_environment_and_few_files(name):
+    used = names_used(PRODUCT[name])
     assert not used & ENVIRONMENT, f"{name} reads the environment; pass the value in"
     if name not in MODEL_FILES:
         assert not used & FILE_CALLS, f"{name} does file I/O; {MODEL_FILES} may"
@@ -95,12 +198,6 @@ def test_file_access_is_recognised(line):
 @pytest.mark.parametrize("line", ["os.environ['A']", "from os import getenv", "os.getenv('A')"])
 def test_environment_access_is_recognised(line):
     assert names_used(ast.parse(line)) & ENVIRONMENT
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_stay_readable(path):
-    limit = 350 if path.name == "train.py" else 300
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
 @pytest.mark.parametrize("name", ["alt_merge", "vggsound"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-FIXTURES = Path(__file__).parents[2] / "tests/fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHANGED = "what a clip becomes has changed: raise ENCODING_VERSION or restore the behaviour"
 
 
