@@ -130,7 +130,7 @@ def test_two_ranks_report_and_reduce(tmp_path):
 
 
 def test_a_rank_that_never_answers_is_named(tmp_path):
-    process = start(0, tmp_path, 32000 + os.getpid() % 2000, seconds=12)
+    process = start(0, tmp_path, 32000 + os.getpid() % 2000, seconds=5)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert "error: preflight: n2: rank 1 did not answer" in error

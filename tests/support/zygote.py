@@ -96,6 +96,9 @@ def serve(listener: socket.socket) -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  deepspeed.initialize does
     import torch.utils.cpp_extension  # noqa: F401
 
+    import data.prepare  # noqa: F401
+    import evaluation.samples  # noqa: F401
+    import playground.world.clip  # noqa: F401
     import train  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper

@@ -288,7 +288,7 @@ def test_the_rank_that_speaks_does_so_when_another_fails_first(world, tmp_path):
             time.sleep(0.01)
         for rank in ranks:
             rank.kill()
-        assert any(rank.wait() for rank in ranks)
+        assert any([rank.wait() for rank in ranks])
         lines = [line for line in Path(said.name).read_text().splitlines()
                  if line.startswith("error: ")]
     assert len(lines) == 1 and "log_every=0 must be at least 1" in lines[0]
