@@ -10,6 +10,7 @@ import pytest
 import train
 
 ROOT = Path(__file__).parents[1]
+MOVED = "## Moved names"  # of docs/development.md, whose old names are gone
 ROOMS = ("common", "model", "training", "data", "cluster", "playground", "evaluation", "tools")
 FOLDERS = (*ROOMS, "tests", "configs", "ds_configs", "launch", "benchmarks", "weights", "docs")
 PAGES = sorted([
@@ -20,6 +21,10 @@ PAGES = sorted([
 ])
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for room in (*ROOMS, "tests", "benchmarks")
                                         for path in (ROOT / room).rglob("*.py"))])
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").split(MOVED)[0]
 
 
 def is_program(path: Path) -> bool:
@@ -55,7 +60,7 @@ def test_train_answers_help(capsys):
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_modules_are_there(path):
     """`-m a.b` on a command line or in a list of arguments."""
-    for found in re.finditer(r'-m[", ]+([a-z_]+(?:\.\w+)*)', path.read_text(encoding="utf-8")):
+    for found in re.finditer(r'-m[", ]+([a-z_]+(?:\.\w+)*)', read(path)):
         place = ROOT / found[1].replace(".", "/")
         if found[1].split(".")[0] in (*ROOMS, "tests"):
             there = place.with_suffix(".py"), place / "__main__.py"
@@ -65,7 +70,7 @@ def test_named_modules_are_there(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_paths_are_there(path):
     """Files with a suffix, folders with a slash at their end, targets of links, files of tests."""
-    text = path.read_text(encoding="utf-8")
+    text = read(path)
     for found in re.finditer(
         rf"(?<![\w/.~$*}}{{-])((?:{'|'.join(FOLDERS)})/[\w./-]*)(?![\w*{{$<]|\.\.)", text
     ):
