@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common.files import read_lines
 from common.settings import ConfigError, parse_config
 from data.loading.sources import DataConfig
 from evaluation.plots import Curves
@@ -19,7 +20,6 @@ from model import AVFullDiT, AVFullDiTConfig
 from model.variants import CHOICES
 from model.weights.hub import one_line_errors
 from model.weights.names import part_of
-from training.checkpoint.run_dir import read_lines
 from training.engine import count_by
 from training.metrics.writer import format_seconds
 

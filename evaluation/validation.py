@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.files import write_text
 from common.ranks import World, gather_objects, sum_over_ranks
-from training.checkpoint.run_dir import write_text
 from training.guards.optional import Attempt
 
 Losses = tuple[Tensor, Tensor, Tensor]  # video and audio loss, and whether it has sound, (B,) each

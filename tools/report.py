@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+from common.files import read_lines
 from common.settings import ConfigError
 from evaluation.gallery import CAPTIONS
 from evaluation.paired import Difference, bootstrap, differences
@@ -31,7 +32,6 @@ from evaluation.plots import (
 )
 from evaluation.tables import card_section, read_starts, summary_table, table
 from evaluation.validation import repeated_ids
-from training.checkpoint.run_dir import read_lines
 from training.metrics.tensorboard import Events
 
 STYLE = """

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from training.checkpoint.run_dir import CheckpointError, write_json
+from common.files import write_json
+from training.checkpoint.run_dir import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 held DeepSpeed's own files

@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from common.files import write_text
 from common.ranks import World, broadcast_object, gather_objects
 from training.checkpoint.contents import Manifest, read_manifest, write_manifest
 from training.checkpoint.retention import (
@@ -31,7 +32,7 @@ from training.checkpoint.retention import (
     tag_of,
     wrong_hash,
 )
-from training.checkpoint.run_dir import CheckpointError, SaveError, step_of, write_text
+from training.checkpoint.run_dir import CheckpointError, SaveError, step_of
 from training.checkpoint.slices import Slice, SliceReader, write_slices
 from training.ema import EMA
 from training.zero_state import (

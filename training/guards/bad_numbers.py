@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from common.files import keep_lines_before
 from common.ranks import World, gather_objects, sum_over_ranks
-from training.checkpoint.run_dir import keep_lines_before
 
 EXIT_CODE = 77
 

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from common.files import write_json
 from common.ranks import World, broadcast_object
-from training.checkpoint.run_dir import write_json
 
 WAIT_SECONDS = 6.0  # for the other ranks' stacks, before the launcher kills them
 # Only these reach the folder: the environment of a job may hold credentials.

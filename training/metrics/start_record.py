@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from common.files import cut_torn_line
 from common.ranks import World
-from training.checkpoint.run_dir import cut_torn_line
 
 HERE = Path(__file__).parents[1]  # any folder of the checkout
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",

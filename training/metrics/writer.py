@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.checkpoint.run_dir import cut_torn_line, keep_lines_before, read_lines, write_json
+from common.files import cut_torn_line, keep_lines_before, read_lines, write_json
 from training.metrics.tensorboard import Events
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps

@@ -3,8 +3,8 @@
 import json
 import subprocess
 
+from common.files import read_lines
 from common.ranks import World
-from training.checkpoint.run_dir import read_lines
 from training.metrics import start_record
 
 WORLD = World(0, 4, 0, 2, "srun")
