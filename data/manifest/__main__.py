@@ -36,6 +36,7 @@ from data.arguments import amount, non_negative, positive
 from data.manifest.captions import read_captions
 from data.manifest.duplicates import find_duplicates
 from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
+from data.manifest.importers import list_avsync15, list_folder, list_landscape, list_playground
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -46,7 +47,6 @@ from data.manifest.records import (
     reject,
     write_manifest,
 )
-from data.manifest.sets import list_avsync15, list_folder, list_landscape, list_playground
 from data.manifest.splits import (
     ALT_MERGE,
     check_leaks,

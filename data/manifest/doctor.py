@@ -39,6 +39,7 @@ from data.manifest import (
 )
 from data.manifest.data_card import build_card, write_card
 from data.manifest.duplicates import Print, build_print, find_near_duplicates
+from data.manifest.importers import list_folder
 from data.manifest.records import (
     CutRule,
     Listing,
@@ -49,7 +50,6 @@ from data.manifest.records import (
     spread,
     write_manifest,
 )
-from data.manifest.sets import list_folder
 from data.schema import DataError, Metadata, columns
 
 SETTINGS = ("fps", "frames", "height", "width", "min_source_fps", "silence_dbfs",
