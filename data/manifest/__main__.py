@@ -35,8 +35,14 @@ from typing import Any
 from data.arguments import amount, non_negative, positive
 from data.manifest.captions import read_captions
 from data.manifest.duplicates import find_duplicates
-from data.manifest.greatest_hits import VERSIONS, list_greatest_hits
-from data.manifest.importers import list_avsync15, list_folder, list_landscape, list_playground
+from data.manifest.importers import (
+    VERSIONS,
+    list_avsync15,
+    list_folder,
+    list_greatest_hits,
+    list_landscape,
+    list_playground,
+)
 from data.manifest.records import (
     CutRule,
     Listing,
