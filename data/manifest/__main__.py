@@ -42,6 +42,7 @@ from data.manifest.importers import (
     list_greatest_hits,
     list_landscape,
     list_playground,
+    list_vggsound,
 )
 from data.manifest.records import (
     CutRule,
@@ -61,7 +62,6 @@ from data.manifest.splits import (
     merge_alt,
     read_whole,
 )
-from data.manifest.vggsound import list_vggsound
 from data.schema import DataError
 
 MADE_OF = ("alt_merge", "hold_out")  # manifests

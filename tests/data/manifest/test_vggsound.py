@@ -6,7 +6,7 @@ import json
 import pytest
 
 from data.manifest.__main__ import hold_out_tests, main, parse
-from data.manifest.vggsound import load_subsets, parse_name
+from data.manifest.importers import load_subsets, parse_name
 from data.schema import DataError
 from tests.support.inputs.trees import FACTS, build_vggsound, reasons, run, take
 
