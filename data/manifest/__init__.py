@@ -4,8 +4,15 @@ One JSON object a line and one cut each: id, source, class, split, subset, path 
 manifest), t0 and t1 in seconds, captions, facts about the streams, sha256.
 """
 
-from data.manifest.captions import check_text, read_captions
-from data.manifest.read import Fault, check_lengths, find_lacking, read_manifest, read_records
+from data.manifest.read import (
+    Fault,
+    check_lengths,
+    check_text,
+    find_lacking,
+    read_captions,
+    read_manifest,
+    read_records,
+)
 
 __all__ = [
     "Fault",

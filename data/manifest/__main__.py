@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from data.arguments import amount, non_negative, positive
-from data.manifest.captions import read_captions
 from data.manifest.duplicates import find_duplicates
 from data.manifest.importers import (
     VERSIONS,
@@ -44,6 +43,7 @@ from data.manifest.importers import (
     list_playground,
     list_vggsound,
 )
+from data.manifest.read import read_captions
 from data.manifest.records import (
     CutRule,
     Listing,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.clips.decode import CutSpec, choose_t0
 from data.clips.pictures import display_size
 from data.clips.probe import Probe, Rejected, open_media, probe
-from data.manifest.captions import check_text
+from data.manifest.read import check_text
 from data.schema import DataError
 
 Record = dict[str, Any]
