@@ -15,8 +15,7 @@ from data.loading.sources import DataConfig, Opened, check_data
 from data.provenance import check_provenance
 from model import AVFullDiTConfig, JointConfig
 from model.flow import FlowConfig
-from model.weights.from_files import config_from_files
-from model.weights.load import check_weights
+from model.weights.load import check_weights, config_from_files
 from training.check import report_lines
 from training.checkpoint.contents import MANIFEST, read_manifest
 from training.checkpoint.resume import check_resume, describe_run

@@ -30,8 +30,12 @@ from evaluation.evaluator import Bench
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import peak_tflops, training_work
 from model.objective import Objective
-from model.weights.from_files import weight_fingerprints
-from model.weights.load import PretrainedError, load_pretrained, new_parameter_names
+from model.weights.load import (
+    PretrainedError,
+    load_pretrained,
+    new_parameter_names,
+    weight_fingerprints,
+)
 from model.weights.names import part_of
 from model.weights.selfcheck import check_stitch, describe
 from training import engine as ds

@@ -1,16 +1,18 @@
-"""Weights of the two backbones <-> ours, strictly and both ways.
+"""The model's config and weights from what exists: the backbones' released files, stored latents.
 
-Where the files are and how they name things is model.weights.released's business. Every released
-tensor has one parameter of equal shape here, so nothing is cut or padded; what we add is named
-`new_*`. Tensors are read one at a time. Called by train.py, tools and tests.
+Shapes come from the released configs, rates from the data, the rest from the experiment. Where the
+files are and how they name things is model.weights.released's business. Every released tensor has
+one parameter of equal shape here, so nothing is cut or padded; what we add is named `new_*`.
+Tensors are read one at a time, strictly, and written back the same way. Called by train.py, tools
+and tests.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -19,10 +21,11 @@ from torch import nn
 
 from common.strict_config import strict_config
 from model.avfulldit import AVFullDiT
+from model.towers.attention import Attention
 from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
 from model.variants import AVFullDiTConfig, JointConfig
-from model.weights.hub import tangoflux_file
+from model.weights.hub import fingerprint, tangoflux_file
 from model.weights.names import is_new, released_name
 from model.weights.released import (
     TANGOFLUX_OTHER_TENSORS,
@@ -30,6 +33,7 @@ from model.weights.released import (
     PretrainedError,
     Released,
     wan_config,
+    wan_files,
 )
 
 # Keys of TangoFlux's config.json that say nothing about the transformer.
@@ -221,3 +225,70 @@ def _clear_errors() -> Iterator[None]:
         raise
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise PretrainedError(str(error)) from error
+
+
+class Stored(Protocol):
+    """What is asked of a data set; `data.schema.Metadata` is one."""
+
+    @property
+    def fps(self) -> float: ...
+    @property
+    def video_temporal_stride(self) -> int: ...
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def audio_hop(self) -> int: ...
+    @property
+    def video_latent_shape(self) -> Sequence[int]: ...  # (C, F, h, w)
+    @property
+    def audio_latent_shape(self) -> Sequence[int]: ...  # (L, C)
+    @property
+    def video_text_width(self) -> int: ...
+    @property
+    def audio_text_width(self) -> int: ...
+
+
+def config_from_files(
+    task: str, joint: JointConfig, attention: str, wan: str | Path, tangoflux: str | Path,
+    stored: Stored, place: str,
+) -> AVFullDiTConfig:
+    """Raises ValueError, in one line, when data, backbones and experiment do not fit together.
+
+    Args:
+        joint, attention: the experiment's. place: where `stored` lies, for the message.
+    """
+    video, audio = read_tower_configs(wan, tangoflux if task == "t2av" else None)
+    widths = [("video latents", stored.video_latent_shape[0], video.in_channels),
+              ("video text states", stored.video_text_width, video.text_dim)]
+    if audio:
+        widths += [("audio latents", stored.audio_latent_shape[1], audio.in_channels),
+                   ("audio text states", stored.audio_text_width, audio.joint_attention_dim)]
+    for what, width, taken in widths:
+        if width != taken:
+            raise ValueError(
+                f"data.root={place} holds {what} of width {width}, but the backbones "
+                f"(wan={wan}, tangoflux={tangoflux}) take {taken}: prepare the data "
+                "with the encoders of the same folders"
+            )
+    Attention(attention)
+    return AVFullDiTConfig(
+        task=task,
+        video=video,
+        audio=audio,
+        **dataclasses.asdict(joint),
+        fps=stored.fps,
+        video_temporal_stride=stored.video_temporal_stride,
+        sample_rate=stored.sample_rate,
+        audio_hop=stored.audio_hop,
+    )
+
+
+def weight_fingerprints(
+    task: str, wan: str | Path, tangoflux: str | Path
+) -> dict[str, str]:
+    """Tower -> sha256 over names, shapes and sampled bytes of its released tensors; seconds."""
+    found = {"wan": fingerprint(wan_files(wan), {})}
+    if task == "t2av":
+        path, _ = tangoflux_file(tangoflux, "tangoflux.safetensors")
+        found["tangoflux"] = fingerprint([path], {}, prefix="transformer.")
+    return found
