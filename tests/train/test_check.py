@@ -1,4 +1,4 @@
-"""config.py and training/{check,ds_config}.py: mistakes are named before anything is built."""
+"""config.py and training/ds_config.py: mistakes are named before anything is built."""
 
 import dataclasses
 import json
@@ -10,10 +10,9 @@ import torch
 import train
 from common.ranks import World
 from common.settings import ConfigError, load_config
-from config import RunConfig, about_run, build_plan
+from config import RunConfig, about_run, build_plan, sources
 from tests.support.faults import write_world
 from tests.support.launch import ROOT
-from training.check import sources
 from training.checkpoint.contents import read_manifest, write_manifest
 from training.checkpoint.save_load import write_weights
 from training.ds_config import OFFERED, check_ds_config, complete_ds_config, read_ds_config
