@@ -16,8 +16,7 @@ from model.encoders import AudioTextEncoder, AudioVAE, VideoTextEncoder, VideoVA
 from playground.backbones import recipe
 from playground.backbones.audio_vae import window_of
 from playground.backbones.clips import FIRST_FRAME, TRAIN_SEED, WINDOW_FRAMES, small_clip
-from playground.backbones.video_vae import to_tensor
-from playground.backbones.whole_sequence import encode, whole_sequence
+from playground.backbones.video_vae import encode, to_tensor, whole_sequence
 from playground.world.clip import describe, make_clip
 
 VIDEO_TEXT_LENGTH = 64  # rows the tiny video tower attends to (512 in the released one)

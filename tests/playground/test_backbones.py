@@ -17,8 +17,7 @@ from model.weights.hub import iter_tensors, read_json, weight_files
 from playground.backbones import latents as cached
 from playground.backbones import recipe
 from playground.backbones.clips import TRAIN_SEED, halve_frames, small_clip, third_rate
-from playground.backbones.video_vae import to_tensor
-from playground.backbones.whole_sequence import decode, encode, whole_sequence
+from playground.backbones.video_vae import decode, encode, to_tensor, whole_sequence
 from playground.quality import measure, scores
 
 CLIPS = 12
