@@ -8,13 +8,13 @@ does not; RUN/status.json says whether the job is to go on. Imports nothing heav
 launch/train.sbatch.
 """
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from common.files import append_lines, read_lines
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.checkpoint.run_dir import step_of, tags_in
 from training.guards.run_state import is_told, read_status
@@ -27,9 +27,8 @@ TERMINATED = 143  # by SIGTERM, which comes from outside: a preemption before tr
 
 def latest_state(run_dir: Path) -> str:
     """What the newest start told; "unknown" if it did not get so far."""
-    status, jobs = read_status(run_dir), run_dir / "jobs.jsonl"
-    lines = jobs.read_text(encoding="utf-8").splitlines() if jobs.is_file() else []
-    return status["state"] if is_told(status, [json.loads(line) for line in lines]) else "unknown"
+    status, jobs = read_status(run_dir), read_lines(run_dir / "jobs.jsonl", skip_damaged=True)
+    return status["state"] if is_told(status, jobs) else "unknown"
 
 
 def newest_step(run_dir: Path) -> int:
@@ -46,8 +45,7 @@ def decide(run_dir: Path, code: int) -> tuple[bool, str]:
     """
     state, step = latest_state(run_dir), newest_step(run_dir)
     ledger, job = run_dir / "requeues.jsonl", os.environ.get("SLURM_JOB_ID")
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    past = [entry for entry in map(json.loads, lines) if entry.get("job") == job]
+    past = [entry for entry in read_lines(ledger, skip_damaged=True) if entry.get("job") == job]
     before = [entry["step"] for entry in past if not was_preempted(entry)][-FRUITLESS_STARTS:]
     told = UNTOLD.get(state, state)
     record = {"time": time.time(), "job": job, "step": step, "exit": code, "state": told}
@@ -59,8 +57,7 @@ def decide(run_dir: Path, code: int) -> tuple[bool, str]:
     elif was_preempted(record) or before != [step] * FRUITLESS_STARTS:
         requeue, why = True, f"{told}, exit {code}, newest checkpoint at step {step}"
     if run_dir.is_dir():
-        with open(ledger, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record | {"requeue": requeue, "why": why}) + "\n")
+        append_lines(ledger, [record | {"requeue": requeue, "why": why}])
     return requeue, why
 
 

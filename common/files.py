@@ -1,23 +1,40 @@
-"""Files that are there whole or not at all, and lines of JSON that a kill may have cut."""
+"""Files that are there whole or not at all, lines of JSON that a kill may have cut, and sha256."""
 
+import contextlib
+import hashlib
 import json
 import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
-def write_json(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str))
+@contextmanager
+def whole_file(path: Path, mode: str = "w", aside: Path | None = None) -> Iterator[IO[Any]]:
+    """A file to write that takes its name when it is whole, also after a power cut.
 
+    Args:
+        mode: "w" (UTF-8; half a character becomes "?") or "wb".
+        aside: its name until then, where a reader of the folder would take `path`.tmp for its own.
 
-def write_text(path: Path, text: str) -> None:
-    """Atomic: the file is there whole or not at all, also after a power cut."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    Raises:
+        OSError: disk full, no permission, ...; whatever is raised, `path` is as it was and nothing
+            is left beside it.
+    """
+    aside = aside or path.with_name(path.name + ".tmp")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
+    try:
+        with open(aside, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+        raise
     _sync_folder(path.parent)
 
 
@@ -29,39 +46,97 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none yet: no records. A last line that a kill cut is left out.
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Indented JSON; what JSON does not know becomes a string."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """JSON lines, all of the file."""
+    with whole_file(path) as file:
+        file.writelines(map(json_line, records))
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def read_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; none where it is missing.
+
+    A torn last line is left out: a kill cut it, or another process is writing it.
+
+    Args:
+        skip_damaged: any other line that is not a JSON object is left out, with a warning.
 
     Raises:
-        ValueError: a line that is no JSON.
+        ValueError: for such a line otherwise, by file and number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
+        record = _json_object(line)
+        if record is not None:
+            found.append(record)
+        elif number < len(lines):
+            told = f"{path}:{number}: not a JSON object: {ascii(line.decode(errors='replace')):.60}"
+            if not skip_damaged:
+                raise ValueError(told)
+            print(f"warning: {told}; it is left out", file=sys.stderr, flush=True)
+    return found
 
 
-def cut_torn_line(path: Path) -> None:
-    """Take off what a kill left of a JSON-lines file's last line: the next would be glued to it.
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
-    `read_lines` skips such a line until then.
-    """
-    text = path.read_bytes() if path.exists() else b"\n"
-    if not text.endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
+
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add to a JSON-lines file, which is made if need be, after mending its last line."""
+    mend_last_line(path)
+    with open(path, "a", encoding="utf-8", errors="replace") as file:
+        file.writelines(map(json_line, records))
+
+
+def mend_last_line(path: Path) -> None:
+    """Take off a last line that a kill has torn, or end it: the next would be glued to it."""
+    data = path.read_bytes() if path.exists() else b""
+    begin = data.rfind(b"\n") + 1
+    if begin == len(data):
+        return
+    with open(path, "rb+") as file:
+        if _json_object(data[begin:]) is None:
+            file.truncate(begin)
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
 
 
 def keep_lines_before(path: Path, first_step: int) -> None:
-    """Drop a JSON-lines file's records from `first_step` on: a resumed run does them again."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines()
-            if _is_before(line, first_step)]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    """Drop a JSON-lines file's records from `first_step` on: a resumed run writes them again.
+
+    Lines that are not records with a step go, too, with a warning.
+    """
+    if path.exists():
+        records = read_lines(path, skip_damaged=True)
+        write_lines(path, [record for record in records
+                           if isinstance(record.get("step"), int) and record["step"] < first_step])
 
 
-def _is_before(line: str, first_step: int) -> bool:
-    try:
-        return json.loads(line)["step"] < first_step
-    except ValueError:  # the last line of a killed run may be cut
-        return False
+def file_sha256(path: Path) -> str:
+    """Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(values: Mapping[str, Any]) -> str:
+    """Of JSON values in one order: what a file carries that checks itself."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ umT5 rows cut to their true length, Flan-T5 always 64 rows (backbones.md 7).
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
+
+from common.files import json_sha256, write_json
 
 FORMAT = 3  # raise it when a column changes its meaning
 # Raise it when the same clip, settings and encoder weights become another sample than before: other
@@ -212,12 +213,7 @@ def sample_fault(sample: dict[str, Any], metadata: Metadata) -> str | None:
 def save_metadata(root: Path, metadata: Metadata) -> None:
     """Write dataset.json, with a hash of itself."""
     values = dataclasses.asdict(metadata)
-    text = json.dumps(values | {"sha256": _digest(values)}, indent=1, ensure_ascii=False)
-    (root / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    write_json(root / METADATA_FILE, values | {"sha256": json_sha256(values)})
 
 
 def load_metadata(root: str | Path) -> Metadata:
@@ -232,7 +228,7 @@ def load_metadata(root: str | Path) -> Metadata:
                 f"{path}: format {values.get('format')}, this code reads format {FORMAT}; "
                 f"{how_to_prepare(root)}"
             )
-        if values.pop("sha256", None) != _digest(values):
+        if values.pop("sha256", None) != json_sha256(values):
             raise DataError(f"{path}: differs from its own sha256; copy the data set again")
         metadata = _ADAPTER.validate_python(values)
         return dataclasses.replace(metadata, settings=_versioned(metadata.settings))

@@ -7,7 +7,6 @@ go into a file, because a difference of two runs is far less noisy per sample th
     RUN/validation/step00000500.jsonl   {"id", "weights": "raw" | "ema", "t", "video", "audio"}
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.files import write_text
+from common.files import read_lines, write_lines
 from common.ranks import World, gather_objects, sum_over_ranks
 from training.guards.optional import Attempt
 
@@ -96,16 +95,14 @@ def write_rows(run_dir: Path, step: int, rows: dict[str, list[Row]], t: tuple[fl
     """The step's file: ``rows`` by weights, "raw" and "ema"."""
     folder = run_dir / "validation"
     folder.mkdir(exist_ok=True)
-    lines = [json.dumps({"id": row.id, "weights": weights, "t": t, "video": row.video,
-                         "audio": row.audio})
-             for weights, part in rows.items() for row in part]
-    write_text(folder / f"step{step:08d}.jsonl", "\n".join(lines) + "\n")
+    write_lines(folder / f"step{step:08d}.jsonl", [
+        {"id": row.id, "weights": weights, "t": t, "video": row.video, "audio": row.audio}
+        for weights, part in rows.items() for row in part])
 
 
 def read_step(run_dir: Path, step: int, weights: str = "raw") -> list[dict[str, Any]]:
     """Every line of a step's file."""
-    text = (run_dir / "validation" / f"step{step:08d}.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_lines(run_dir / "validation" / f"step{step:08d}.jsonl")
     return [line for line in lines if line["weights"] == weights]
 
 

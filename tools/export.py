@@ -7,12 +7,12 @@ reach: the new weights of the joint blocks have no place there.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
+from common.files import write_json
 from common.settings import ConfigError
 from evaluation.trained_run import load_model, read_run_file, read_setting
 from model.weights.hub import iter_tensors, one_line_errors, tangoflux_file
@@ -46,8 +46,8 @@ def export(run: Path, folder: Path, step: int | None, layout: str, ema: bool = F
         return step
     (folder / "config").mkdir()
     for name, values in files.items():
-        (folder / "config" / name).write_text(json.dumps(values, indent=1) + "\n")
-    (folder / "export.json").write_text(json.dumps({"step": step, "ema": ema}) + "\n")
+        write_json(folder / "config" / name, values)
+    write_json(folder / "export.json", {"step": step, "ema": ema})
     model.save_pretrained(folder)
     return step
 

@@ -5,7 +5,6 @@ held-out loss of both modalities fell and the sampled clip has a picture and sou
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import read_lines
 from data.clips.decode import CutSpec, read_cut
 from data.clips.probe import Rejected
 
@@ -42,7 +42,7 @@ def held_out(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise QuickstartError(f"{run_dir} holds no metrics.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = read_lines(path)
     losses = [
         {tag: value for tag, value in record.items() if tag.startswith("validation/loss")}
         for record in records

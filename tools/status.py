@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.requeue import HOPELESS
+from common.files import read_lines
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.checkpoint.contents import MANIFEST, read_manifest, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
@@ -43,17 +44,6 @@ def find_run(target: str, overrides: list[str]) -> Path:
     return Path(values["run_dir"])
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSON-lines file that another process writes: the last line may not be whole yet."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
 class Run(NamedTuple):
     """What the files say."""
 
@@ -74,13 +64,14 @@ def read_run(path: Path) -> Run:
     if not any((path / name).exists() for name in ("lock", "jobs.jsonl", "status.json")):
         raise StatusError(f"{path}: nothing was started there yet; a job that waits has no files "
                           "(squeue --me)")
-    records = read_lines(path / "metrics.jsonl")
+    records, jobs, skips, requeues = (
+        read_lines(path / f"{name}.jsonl", skip_damaged=True)
+        for name in ("metrics", "jobs", "skips", "requeues"))
     return Run(
         path, read_status(path), json.loads(config.read_text()) if config.is_file() else {},
         [record for record in records if "train/loss" in record],
         [record for record in records if any(key.startswith("validation/") for key in record)],
-        read_lines(path / "jobs.jsonl"), read_lines(path / "skips.jsonl"),
-        read_lines(path / "requeues.jsonl"), time.time(),
+        jobs, skips, requeues, time.time(),
     )
 
 

@@ -34,13 +34,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.files import json_line
 from data.captions.caption_files import (
     KINDS,
     CaptionJob,
     Record,
     appending,
     join,
-    json_line,
     read_part,
 )
 from data.captions.captioners import (

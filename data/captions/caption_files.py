@@ -7,13 +7,13 @@ killed run's, is cut off before the next one is appended.
 import collections
 import fcntl
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.files import mend_last_line, read_lines, write_lines
 from data.clips.decode import CutSpec
 from data.schema import DataError
 
@@ -45,17 +45,17 @@ def read_part(job: CaptionJob) -> dict[str, Record]:
 
     DataError if another model, prompt or sampling made them, or if a line is damaged.
     """
-    if not job.part.is_file():
-        return {}
-    lines = job.part.read_bytes().split(b"\n")[:-1]  # after the last line end: nothing, or a half
+    try:
+        lines = read_lines(job.part)
+    except ValueError as error:
+        raise DataError(f"{error}; delete the line to caption it again") from error
     found: dict[str, Record] = {}
-    for number, text in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            line = json.loads(text)
             name, made = line["id"], {key: line[key] for key in job.identity}
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
             raise DataError(
-                f"{job.part}:{number}: damaged ({error!r}); delete the line to caption it again"
+                f"{job.part}:{number}: {error} is missing; delete the line to caption it again"
             ) from error
         for key, value in job.identity.items():
             if made[key] != value:
@@ -71,15 +71,14 @@ def read_part(job: CaptionJob) -> dict[str, Record]:
 def appending(path: Path) -> Iterator[BinaryIO]:
     """The file without a half-written last line, locked; DataError if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(
                 f"out={path}: another process is writing it; wait, or give each its own --out"
             ) from error
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        mend_last_line(path)
         yield file
 
 
@@ -88,17 +87,10 @@ def join(out: Path, parts: list[Path]) -> collections.Counter[str]:
     merged: dict[str, Record] = {}
     counts: collections.Counter[str] = collections.Counter()
     for kind, path in zip(KINDS, parts, strict=True):
-        for text in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
-            line = json.loads(text)
+        for line in read_lines(path):
             found = {f"{kind}_{key}": line[key] for key in ("caption", "model", "prompt")}
             merged.setdefault(line["id"], {"id": line["id"]}).update(found)
             counts[kind] += 1
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text("".join(map(json_line, merged.values())), encoding="utf-8")
-    partial.replace(out)
+    write_lines(out, list(merged.values()))
     counts["both"] = sum(len(line) == 7 for line in merged.values())
     return counts
-
-
-def json_line(value: Record) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -8,8 +8,6 @@ substituted, which a ledger tells. Called by train.py.
 
 import contextlib
 import functools
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from common.files import append_lines, keep_lines_before
 from data.loading.agreement import PeerError, agree
 from data.loading.order import locate
 from data.loading.shards import ShardDataset
@@ -42,14 +41,8 @@ class Ledger:
 
     def forget(self, first_step: int) -> None:
         """Drop what was written of steps that are about to be trained again."""
-        if self.path is not None and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # What is cut off was being written at a kill: after the last checkpoint.
-            kept = [line for line in lines
-                    if line.endswith("\n") and json.loads(line)["step"] < first_step]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(kept), encoding="utf-8")
-            os.replace(aside, self.path)
+        if self.path is not None:
+            keep_lines_before(self.path, first_step)
 
     def enter(self, step: int, substitutions: list[Substitution], total: int) -> None:
         """Note what all ranks met at `step`; DataError when too many of `total` samples are bad.
@@ -63,8 +56,7 @@ class Ledger:
             lines = [{"step": step} | {k: v for k, v in told.items() if k != "samples"}
                      for told in substitutions]
             try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                append_lines(self.path, lines)
             except OSError as error:  # one rank's alone: the others have gone on
                 print(f"warning: {self.path} cannot be written ({error}): {lines}",
                       file=sys.stderr, flush=True)

@@ -7,12 +7,13 @@ encoded.
 """
 
 import collections
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from common.files import write_json, write_text
 
 CARD = "data_card"  # .json, .md, .png
 SAME_RATE = 0.05  # fps; 23.976 counts as 24: one picture in 42 s is shown twice
@@ -122,9 +123,8 @@ def _against_paper(splits: dict[str, collections.Counter]) -> Rows:
 def write_card(root: Path, card: dict[str, Any]) -> None:
     """Write data_card.json, .md and .png into `root`, which is made if need be."""
     root.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
-    (root / f"{CARD}.json").write_text(text, encoding="utf-8")
-    (root / f"{CARD}.md").write_text(_markdown(card), encoding="utf-8")
+    write_json(root / f"{CARD}.json", card)
+    write_text(root / f"{CARD}.md", _markdown(card))
     _plot(card["histograms"]).savefig(root / f"{CARD}.png", dpi=110)
 
 

@@ -5,8 +5,6 @@ into every file and pins its cut; `write_manifest` writes what is left and a led
 the line format of a prepared folder's rejects.jsonl.
 """
 
-import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -22,6 +20,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from common.files import file_sha256, read_lines, write_lines
 from data.clips.decode import CutSpec, choose_t0
 from data.clips.pictures import display_size
 from data.clips.probe import Probe, Rejected, open_media, probe
@@ -118,8 +117,7 @@ def complete(record: Record, rule: CutRule) -> Record:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise Rejected("undecodable", f"cannot be read: {error.strerror}") from error
 
@@ -185,9 +183,9 @@ def read_ledger(manifest: Path) -> list[Record]:
     if not path.is_file():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_lines(path)
         for number, line in enumerate(lines, start=1):
-            if not isinstance(line, dict) or not isinstance(line.get("reason"), str):
+            if not isinstance(line.get("reason"), str):
                 raise ValueError(f"line {number} has no 'reason'")
         return lines
     except (OSError, ValueError, RecursionError) as error:
@@ -217,14 +215,6 @@ def write_manifest(out: Path, records: list[Record], rejects: list[Record]) -> N
 def _relative(path: str, base: Path) -> str:
     folder = Path(path).parent.resolve()  # not the file: it may be a link to a blob without a name
     return Path(os.path.relpath(folder / Path(path).name, base)).as_posix()
-
-
-def write_lines(path: Path, rows: list[Record]) -> None:
-    """JSON lines; the file appears when it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part.replace(path)
 
 
 def find_media(folder: Path) -> list[Path]:

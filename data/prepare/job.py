@@ -12,8 +12,6 @@ worker k of n takes groups k, k+n, ...: the shards do not depend on n, nor on wh
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import uuid
@@ -22,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.files import file_sha256
 from data.clips.cut import CutSpec
 from data.manifest import Fault, read_captions, read_manifest
 from data.provenance import read_commit
@@ -208,15 +207,9 @@ def publish(path: Path, final: Path) -> bool:
     return True
 
 
-def write_json(path: Path, value: Any) -> None:
-    """One JSON object on one line, as UTF-8."""
-    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 

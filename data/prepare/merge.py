@@ -9,13 +9,13 @@ import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from streaming.base.hashing import get_hash
 
+from common.files import write_lines
 from data.manifest.data_card import build_card, write_card
 from data.manifest.records import read_ledger
 from data.prepare.job import Group, Job
@@ -81,8 +81,8 @@ def _merge(job: Job) -> Metadata:
     root.mkdir(exist_ok=True)
     _move_shards(job, root, receipts, places)
     shutil.copyfile(job.folder / TEXT_FILE, root / TEXT_FILE)
-    _write_lines(root / REJECTS_FILE, rejects)
-    _write_lines(root / SAMPLES_FILE, samples)
+    write_lines(root / REJECTS_FILE, rejects)
+    write_lines(root / SAMPLES_FILE, samples)
     metadata = job.metadata
     left_out = [*read_ledger(job.manifest), *rejects]  # by the importer, then by us
     write_card(root, build_card(samples, left_out, metadata.fps, metadata.frames))
@@ -170,18 +170,12 @@ def _move_shards(
 def _refuse_empty(job: Job, rejects: list[dict[str, Any]]) -> None:
     """DataError; the reasons are kept, the rest is removed."""
     kept = job.out.with_name(f"{job.out.name}.{REJECTS_FILE}")
-    _write_lines(kept, rejects)
+    write_lines(kept, rejects)
     shutil.rmtree(job.folder)
     counts = collections.Counter(reject["reason"] for reject in rejects)
     raise DataError(
         f"{job.manifest}: none of {len(rejects)} clips is usable ({tally(counts)}); see {kept}"
     )
-
-
-def _write_lines(path: Path, values: Iterable[Any]) -> None:
-    # A refused id may be no valid text.
-    with path.open("w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def tally(counts: dict[str, int]) -> str:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from streaming import MDSWriter
 from tqdm import tqdm
 
+from common.files import whole_file, write_json
 from data.clips.cut import Cut, CutSpec
 from data.clips.decode import read_cut
 from data.clips.probe import Rejected
@@ -37,7 +38,6 @@ from data.prepare.job import (
     flat,
     publish,
     refuse_change,
-    write_json,
 )
 from data.prepare.merge import merge
 from data.schema import HASH, METADATA_FILE, TEXT_FILE, Metadata, columns
@@ -209,10 +209,11 @@ class _Report:
 
     def _tell(self) -> None:
         self.told = time.time()
-        own = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        write_json(own, {
+        values = {
             "host": socket.gethostname(), "pid": os.getpid(), "began": self.began,
             "time": self.told, "clips": self.clips, "left": self.left - self.clips,
             "rejected": self.rejected,
-        })
-        own.replace(self.path)
+        }
+        own = self.path.with_name(f".{self.path.name}.{os.getpid()}")  # it may be started twice
+        with whole_file(self.path, aside=own) as file:
+            json.dump(values, file)

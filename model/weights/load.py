@@ -8,7 +8,6 @@ and tests.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from common.files import write_json
 from common.strict_config import strict_config
 from model.avfulldit import AVFullDiT
 from model.towers.attention import Attention
@@ -137,7 +137,7 @@ def export_wan(
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
     save_torch_state_dict(_released_state(state, config, "wan"), target, filename_pattern=pattern)
     values = {"_class_name": "WanTransformer3DModel", **dataclasses.asdict(config.video)}
-    _write_json(target / "config.json", values | WAN_FIXED)
+    write_json(target / "config.json", values | WAN_FIXED)
 
 
 def export_tangoflux(
@@ -161,7 +161,7 @@ def export_tangoflux(
     tensors = _released_state(state, config, "tangoflux") | dict(text_encoder)
     save_file(tensors, Path(folder) / "tangoflux.safetensors", metadata={"format": "pt"})
     values = dataclasses.asdict(config.audio) | dict(other_config)
-    _write_json(Path(folder) / "config.json", values)
+    write_json(Path(folder) / "config.json", values)
 
 
 def _iter_checked(
@@ -210,10 +210,6 @@ def _meta_model(config: AVFullDiTConfig) -> AVFullDiT:
 def _public(values: dict[str, Any]) -> dict[str, Any]:
     """Without diffusers' own bookkeeping (_class_name, _diffusers_version)."""
     return {key: value for key, value in values.items() if not key.startswith("_")}
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

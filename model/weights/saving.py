@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.files import write_json
 from model.variants import AVFullDiTConfig
 from model.weights.names import differences, first_ten
 
@@ -51,8 +52,8 @@ def write_folder(
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(_bytes(tensor) for tensor in state.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    _write_json(folder / CONFIG, {"model_type": MODEL_TYPE, **config.to_dict()})
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(folder / CONFIG, {"model_type": MODEL_TYPE, **config.to_dict()})
 
 
 def read_config(folder: str | Path) -> AVFullDiTConfig:
@@ -131,7 +132,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SavedModelError(f"{path} holds a JSON {type(values).__name__}, not an object")
     return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

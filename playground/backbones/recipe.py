@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from common.files import write_json
+
 WEIGHTS = Path("weights/playground")
 WAN, TANGOFLUX = WEIGHTS / "wan", WEIGHTS / "tangoflux"
 MAX_FILE_BYTES = 3_900_000  # every committed file stays below 4 MiB
@@ -107,7 +109,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path, stem: str) -> N
 
 def save_json(value: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_json(path, value)
 
 
 def load_json(path: Path) -> dict:

@@ -54,6 +54,18 @@ def test_a_preemption_is_no_crash_and_a_new_job_counts_anew(run_dir, monkeypatch
     assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
 
 
+@pytest.mark.parametrize("damaged", ['{"event": "START", "ti', '{"event": "END"}}\n', "\0\0\n", "7\n"])
+@pytest.mark.parametrize("name", ["jobs", "requeues"])
+def test_a_damaged_history_does_not_decide(run_dir, name, damaged):
+    """A full disk or a power cut tore a line: the run goes on, and a crash loop is still seen."""
+    write_status(run_dir, "preempted")
+    with open(run_dir / f"{name}.jsonl", "a") as file:
+        file.write(damaged)
+    assert decide(run_dir, 0)[0]
+    write_status(run_dir, "running")
+    assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
+
+
 def test_what_an_earlier_start_said_does_not_count(run_dir):
     """A finished run, extended, that dies before train.py can tell anything."""
     write_status(run_dir, "done")

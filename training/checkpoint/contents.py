@@ -3,7 +3,6 @@ itself. Written last, it is what makes a folder a checkpoint. Called by training
 """
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from common.files import write_json
+from common.files import json_sha256, write_json
 from training.checkpoint.run_dir import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -43,13 +42,9 @@ class Manifest:
 _ADAPTER = TypeAdapter(Manifest)
 
 
-def _digest(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def write_manifest(tag: Path, manifest: Manifest) -> None:
     values = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
-    write_json(tag / MANIFEST, {**values, "sha256": _digest(values)})
+    write_json(tag / MANIFEST, {**values, "sha256": json_sha256(values)})
 
 
 def read_manifest(tag: Path) -> Manifest:
@@ -67,7 +62,7 @@ def read_manifest(tag: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is not of format {FORMAT}: go on with the version of the code that wrote it"
         )
-    if values.pop("sha256", None) != _digest(values):
+    if values.pop("sha256", None) != json_sha256(values):
         raise CheckpointError(f"{path} differs from its own sha256")
     del values["format"]
     try:

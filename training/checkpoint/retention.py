@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from common.files import file_sha256
 from common.ranks import World, broadcast_object, gather_objects
 from training.checkpoint.contents import MANIFEST, Manifest, read_manifest, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
-from training.checkpoint.slices import file_sha256
 
 PROTECTED = "PROTECTED"  # a file of this name in a tag keeps it for ever
 

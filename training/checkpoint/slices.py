@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.files import whole_file
 from training.checkpoint.run_dir import CheckpointError
 
 
@@ -35,11 +35,6 @@ class WrittenFile(NamedTuple):
     sha256: str
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_slices(path: Path, slices: list[Slice]) -> WrittenFile:
     """Aside, synced, renamed; one slice at a time is in host memory.
 
@@ -55,21 +50,13 @@ def write_slices(path: Path, slices: list[Slice]) -> WrittenFile:
         }
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
-    digest, aside = hashlib.sha256(), path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            for chunk in itertools.chain(
-                [len(text).to_bytes(8, "little"), text], map(_raw_bytes, slices)
-            ):
-                digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(aside)
-        raise
+    digest = hashlib.sha256()
+    with whole_file(path, "wb") as file:
+        for chunk in itertools.chain(
+            [len(text).to_bytes(8, "little"), text], map(_raw_bytes, slices)
+        ):
+            digest.update(chunk)
+            file.write(chunk)
     return WrittenFile(path.name, path.stat().st_size, digest.hexdigest())
 
 

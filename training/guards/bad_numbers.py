@@ -7,7 +7,6 @@ RUN/skips.jsonl with its sample ids, t and losses, and the run ends after too ma
 Called by train.py.
 """
 
-import json
 import math
 import statistics
 from collections import deque
@@ -17,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from common.files import keep_lines_before
+from common.files import append_lines, keep_lines_before
 from common.ranks import World, gather_objects, sum_over_ranks
 
 EXIT_CODE = 77
@@ -149,8 +148,7 @@ class Guard:
             line = {"step": drawn.step, "epoch": drawn.epoch, "kind": kind,
                     "loss": json_number(loss), "applied": applied, "in_a_row": self.in_a_row,
                     "samples": samples}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_lines(self.path, [line])
         broken = [s for s in samples if any(isinstance(x, str) for x in s["losses"])]
         worst = max(broken or samples, key=lambda s: max(
             math.inf if isinstance(x, str) else x for x in s["losses"]))

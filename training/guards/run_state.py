@@ -10,16 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from common.files import write_json
+
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
 def write_status(run_dir: Path, state: str, **values: Any) -> None:
     """state: running, done, preempted (to be requeued), stopped (by hand), or failed."""
-    path = run_dir / "status.json"
-    aside = path.with_suffix(".tmp")
     record = {"state": state, "time": time.strftime(TIME_FORMAT), "pid": os.getpid()}
-    aside.write_text(json.dumps(record | values, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_json(run_dir / "status.json", record | values)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

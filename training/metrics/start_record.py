@@ -7,7 +7,6 @@ every skipped update. Lines are only ever appended. Called by train.py on rank 0
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common.files import cut_torn_line
+from common.files import append_lines
 from common.ranks import World
 
 HERE = Path(__file__).parents[1]  # any folder of the checkout
@@ -51,9 +50,7 @@ def write_start(
         "hardware": describe_hardware(),
         **values,
     }
-    cut_torn_line(folder / "starts.jsonl")
-    with open(folder / "starts.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(card, default=str) + "\n")
+    append_lines(folder / "starts.jsonl", [card])
     return card
 
 

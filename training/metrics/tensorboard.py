@@ -22,6 +22,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
+from common.files import whole_file
+
 FLUSH_SECONDS = 30
 # The first screen: what one looks at, in this order. Regular expressions of tags.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
@@ -162,9 +164,8 @@ def drop_from(folder: Path, first_step: int) -> None:
         if len(kept) <= 1:  # the version of the format alone
             path.unlink()
         elif dropped:
-            aside = folder / "kept.tmp"  # TensorBoard reads every name with "tfevents" in it
-            with open(aside, "wb") as file:
+            # TensorBoard reads every file with "tfevents" in its name.
+            with whole_file(path, "wb", aside=folder / "kept.tmp") as file:
                 writer = RecordWriter(file)
                 for raw in kept:
                     writer.write(raw)
-            aside.replace(path)

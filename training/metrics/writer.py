@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import cut_torn_line, keep_lines_before, read_lines, write_json
+from common.files import keep_lines_before, mend_last_line, read_lines, write_json
 from training.metrics.tensorboard import Events
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
@@ -46,7 +46,7 @@ class MetricWriter:
             return
         self.path = run_dir / "metrics.jsonl"
         if first_step is None:
-            cut_torn_line(self.path)
+            mend_last_line(self.path)
         else:
             keep_lines_before(self.path, first_step)
             drop_steps_from(run_dir, first_step)
