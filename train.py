@@ -25,11 +25,11 @@ from common.ranks import World, WorldError, broadcast_object, resolve_world
 from common.settings import ConfigError, load_config
 from config import Plan, RunConfig, about_run, build_plan, report, report_weights
 from data.loading.loader import HeldOut, build_loader
-from data.schema import Batch, DataError
+from data.schema import DataError
 from evaluation.evaluator import Bench
 from model import AVFullDiT, AVFullDiTConfig
 from model.flops import peak_tflops, training_work
-from model.objective import Objective
+from model.objective import Batch, Objective
 from model.weights.load import (
     PretrainedError,
     load_pretrained,

@@ -26,10 +26,10 @@ import torch
 
 import train
 from common.ranks import resolve_world, sum_over_ranks
-from data.schema import Batch, Metadata, sample_fault
+from data.schema import Metadata, sample_fault
 from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
-from model.objective import Objective
+from model.objective import Batch, Objective
 from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
 from playground.backbones.towers import AUDIO, VIDEO

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional
 
 from common.files import json_sha256, write_json
+from model.objective import Batch
 
 FORMAT = 3  # raise it when a column changes its meaning
 # Raise it when the same clip, settings and encoder weights become another sample than before: other
@@ -78,36 +78,6 @@ class Metadata:
 
 
 _ADAPTER = TypeAdapter(Metadata)
-
-
-class Batch(NamedTuple):
-    """Samples of one shape."""
-
-    video_latents: Tensor  # (B, C, F, h, w) float32, normalised
-    audio_mean: Tensor  # (B, L, C) float32
-    audio_std: Tensor  # (B, L, C) float32
-    has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
-    # (B,) float32 of the audio loss: 0 without sound; `data.loading.loader` scales
-    audio_weight: Tensor
-    video_text: Tensor  # (B, rows, D) bfloat16: the longest caption, then a row of zeros or more
-    audio_text: Tensor  # (B, 64, D) bfloat16
-    audio_text_mask: Tensor  # (B, 64) bool, True = token
-    duration: Tensor  # (B,) float32, seconds
-    sample_ids: list[str]
-    video_text_length: int | None = None  # Nt: rows of zeros up to it were left out; None: none
-
-    def part(self, samples: slice) -> "Batch":
-        """Some of the samples, e.g. one micro-batch."""
-        return Batch._make(value[samples] if isinstance(value, (Tensor, list)) else value
-                           for value in self)
-
-    @property
-    def padded_video_text(self) -> Tensor:
-        """(B, Nt, D)."""
-        if self.video_text_length is None:
-            return self.video_text
-        missing = self.video_text_length - self.video_text.shape[1]
-        return functional.pad(self.video_text, (0, 0, 0, missing))
 
 
 def columns(metadata: Metadata) -> dict[str, str]:

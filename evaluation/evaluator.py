@@ -16,11 +16,11 @@ import torch
 from common.ranks import World
 from config import RunConfig
 from data.loading.loader import HeldOut
-from data.schema import Batch, DataError
+from data.schema import DataError
 from evaluation.gallery import CAPTIONS, write_gallery
 from evaluation.gauges import Gauges
 from evaluation.validation import Losses, Row, look_inside, measure, summarise, write_rows
-from model.objective import VALIDATION_EPOCH, VALIDATION_T, Noised, Objective
+from model.objective import VALIDATION_EPOCH, VALIDATION_T, Batch, Noised, Objective
 from training.ema import EMA
 from training.guards.optional import AttemptError
 from training.guards.supervisor import Safety

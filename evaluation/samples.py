@@ -20,10 +20,10 @@ import torch
 from common.files import write_json
 from common.ranks import World
 from data.loading.loader import HeldOut
-from data.schema import Batch
 from evaluation.gallery import CAPTIONS, write_gallery
 from evaluation.render import Decoders, write_files, write_gif, write_wav
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
+from model.objective import Batch
 from model.sampling import Prompts, sample
 from training.guards.optional import Attempt
 from training.metrics.tensorboard import Events

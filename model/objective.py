@@ -7,10 +7,11 @@ train.py for training and for the held-out loss. Eq. 2, 3 and 10 of arXiv 2512.0
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model.flow import (
     FlowConfig,
@@ -30,32 +31,34 @@ VALIDATION_EPOCH = -1  # its noise is drawn from a stream of its own, the same a
 VALIDATION_SEED = 0  # and in every run: runs of different seeds are compared sample by sample
 
 
-class LatentBatch(Protocol):
-    """What the objective reads of a batch; `data.schema.Batch` is one."""
+class Batch(NamedTuple):
+    """Samples of one shape."""
+
+    video_latents: Tensor  # (B, C, F, h, w) float32, normalised
+    audio_mean: Tensor  # (B, L, C) float32
+    audio_std: Tensor  # (B, L, C) float32
+    has_audio: Tensor  # (B,) bool; without sound mean and std are zero and nothing hears them
+    # (B,) float32 of the audio loss: 0 without sound; `data.loading.loader` scales
+    audio_weight: Tensor
+    video_text: Tensor  # (B, rows, D) bfloat16: the longest caption, then a row of zeros or more
+    audio_text: Tensor  # (B, 64, D) bfloat16
+    audio_text_mask: Tensor  # (B, 64) bool, True = token
+    duration: Tensor  # (B,) float32, seconds
+    sample_ids: list[str]
+    video_text_length: int | None = None  # Nt: rows of zeros up to it were left out; None: none
+
+    def part(self, samples: slice) -> "Batch":
+        """Some of the samples, e.g. one micro-batch."""
+        return Batch._make(value[samples] if isinstance(value, (Tensor, list)) else value
+                           for value in self)
 
     @property
-    def video_latents(self) -> Tensor: ...  # (B, C, T, H, W) normalised
-    @property
-    def audio_mean(self) -> Tensor: ...  # (B, L, C)
-    @property
-    def audio_std(self) -> Tensor: ...  # (B, L, C)
-    @property
-    def has_audio(self) -> Tensor: ...  # (B,) bool
-    @property
-    def video_text(self) -> Tensor: ...  # (B, rows, D); rows < Nt: the last one is padding
-    @property
-    def video_text_length(self) -> int | None: ...  # Nt; None: all rows are there
-    @property
-    def audio_text(self) -> Tensor: ...  # (B, 64, D)
-    @property
-    def audio_text_mask(self) -> Tensor: ...  # (B, 64) bool
-    @property
-    def duration(self) -> Tensor: ...  # (B,) seconds
-    @property
-    def sample_ids(self) -> Sequence[str]: ...
-
-
-B = TypeVar("B", bound=LatentBatch)
+    def padded_video_text(self) -> Tensor:
+        """(B, Nt, D)."""
+        if self.video_text_length is None:
+            return self.video_text
+        missing = self.video_text_length - self.video_text.shape[1]
+        return functional.pad(self.video_text, (0, 0, 0, missing))
 
 
 class Noised(NamedTuple):
@@ -97,7 +100,7 @@ class Objective:
             return sample_audio_t(self.flow, draws).to(t)
         return t
 
-    def drop_captions(self, batch: B, epoch: int, empty: Mapping[str, Tensor]) -> B:
+    def drop_captions(self, batch: Batch, epoch: int, empty: Mapping[str, Tensor]) -> Batch:
         """Both captions of some samples replaced by the encoded "", so guidance stays valid.
 
         Args:
@@ -114,12 +117,11 @@ class Objective:
             video_text[index, : len(empty["video_empty"])] = empty["video_empty"]
             audio_text[index] = empty["audio_empty"]
             audio_mask[index] = empty["audio_empty_mask"]
-        batch_tuple: Any = batch  # a NamedTuple
-        return batch_tuple._replace(
+        return batch._replace(
             video_text=video_text, audio_text=audio_text, audio_text_mask=audio_mask
         )
 
-    def noise(self, batch: LatentBatch, t: Tensor, epoch: int, device: torch.device) -> Noised:
+    def noise(self, batch: Batch, t: Tensor, epoch: int, device: torch.device) -> Noised:
         """Eq. 2-3: x_t = (1 - t) x0 + t eps, one t for both modalities, independent eps.
 
         Args:

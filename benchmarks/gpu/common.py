@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from data.schema import Batch
 from model import AVFullDiT, AVFullDiTConfig
+from model.objective import Batch
 from model.towers.audio_blocks import AudioDiTConfig
 from model.towers.video_dit import VideoDiTConfig
 

@@ -23,7 +23,8 @@ from data.loading.order import locate
 from data.loading.shards import ShardDataset
 from data.loading.sources import DataConfig, Opened, buckets, open_streams
 from data.loading.workers import Loader, begin_worker, start_server
-from data.schema import Batch, DataError, Metadata, collate
+from data.schema import DataError, Metadata, collate
+from model.objective import Batch
 
 Substitution = dict[str, Any]
 T = TypeVar("T")

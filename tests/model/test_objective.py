@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from data.schema import Batch
 from model import AVFullDiT
 from model.flow import FlowConfig, add_noise, keyed_normal
-from model.objective import VALIDATION_EPOCH, Objective
+from model.objective import VALIDATION_EPOCH, Batch, Objective
 from tests.support.models import tiny, towers
 
 IDS = ["a", "b"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.ranks import World
-from data.schema import Batch
+from model.objective import Batch
 from tests.support.faults import Ranks, lines, status, write_world
 from training.guards.failure_report import Failure, Last, is_out_of_memory
 
