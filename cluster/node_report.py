@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from common.git import run_git, short_commit
 from common.ranks import World
 from training.distributed import on_gpu
 
@@ -91,14 +92,9 @@ def read_driver() -> str:
 
 def read_code() -> str:
     """Commit and a digest of what differs from it; "" where there is no git."""
-    if not shutil.which("git"):
-        return ""
-    commit, counts, diff = (
-        subprocess.run(["git", *words], capture_output=True, check=False).stdout.strip()
-        for words in (["rev-parse", "--short", "HEAD"], ["diff", "HEAD", "--shortstat"],
-                      ["diff", "HEAD", "--binary"]))
-    digest = hashlib.sha256(diff).hexdigest()[:8]
-    return commit.decode() + (f" +{counts.decode()}, {digest}" if counts else "")
+    counts = run_git("diff", "HEAD", "--shortstat").decode().strip()
+    digest = hashlib.sha256(run_git("diff", "HEAD", "--binary")).hexdigest()[:8]
+    return short_commit() + (f" +{counts}, {digest}" if counts else "")
 
 
 def data_places(values: dict[str, Any], key: str) -> list[str]:

@@ -5,8 +5,6 @@ worthless. `data.prepare` stores the fingerprints and every setting in dataset.j
 calls `check_provenance` before it reads weights, on the folders that the run names.
 """
 
-import functools
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,14 +161,3 @@ _ENCODERS: dict[str, tuple[Callable[[Path], str], str]] = {  # name -> (fingerpr
     "video_text": (_video_text, "wan"),
     "audio_text": (_audio_text, "tangoflux"),
 }
-
-
-@functools.cache  # of what runs, also when the checkout moves on meanwhile
-def read_commit() -> str:
-    """Short hash of this checkout's commit, for information; "" where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return ""
-    return done.stdout.strip()

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.files import file_sha256
+from common.git import short_commit
 from data.clips.cut import CutSpec
 from data.manifest import Fault, read_captions, read_manifest
-from data.provenance import read_commit
 from data.schema import (
     ENCODING_VERSION,
     METADATA_FILE,
@@ -151,7 +151,7 @@ def clip_settings(
     for name, path in {"manifest": manifest, "captions": captions}.items():
         settings[name] = None if path is None else _sha256(path)
     return settings | {
-        "split": split, "encoding_version": ENCODING_VERSION, "commit": read_commit()
+        "split": split, "encoding_version": ENCODING_VERSION, "commit": short_commit()
     }
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from cluster import node_report, preflight
 from cluster.node_report import judge, look, read_code, unfetched, unreachable
+from common import git as git_module
+from common.git import short_commit
 from common.ranks import World
 from tests.support.launch import ROOT, environment
 
@@ -93,15 +95,17 @@ def test_remote_data_that_a_node_cannot_fetch_is_named(tmp_path, monkeypatch):
 
 
 def test_two_edits_of_one_size_are_two_codes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(git_module, "CHECKOUT", tmp_path)
+    short_commit.cache_clear()
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "x.py").write_text("a = 1\n")
     for words in (["init", "-q"], ["add", "x.py"], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *words], check=True)
+        subprocess.run([*git, *words], check=True, cwd=tmp_path)
     found = [read_code()]
     for text in (b"a = 2\n", b"a = 3\n", b"a = '\xff'\n"):
         (tmp_path / "x.py").write_bytes(text)
         found.append(read_code())
+    short_commit.cache_clear()
     assert len(set(found)) == 4 and all(code.startswith(found[0]) for code in found), found
 
 

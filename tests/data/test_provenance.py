@@ -3,18 +3,16 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 
 import pytest
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from data.provenance import check_provenance, encoder_fingerprints, read_commit
+from data.provenance import check_provenance, encoder_fingerprints
 from data.schema import DataError, load_metadata
 from model.weights.hub import SAMPLED
 from tests.support.inputs import prepared
 from tests.support.models import tiny
-from tests.support.zygote import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -152,16 +150,3 @@ def test_data_without_fingerprints_are_said(folders, metadata):
     bare = dataclasses.replace(metadata, fingerprints={})
     notes = check_provenance({"shards": bare}, *map(str, folders))
     assert len(notes) == 4 and all("has no fingerprint" in note for note in notes)
-
-
-def test_the_commit_is_that_of_the_checkout_or_empty(monkeypatch):
-    """For information: no data set is refused because of it."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
-    read_commit.cache_clear()
-    assert read_commit() == done.stdout.strip()
-    monkeypatch.setenv("PATH", "")  # no git
-    assert read_commit() == done.stdout.strip()  # what runs does not change
-    read_commit.cache_clear()
-    assert read_commit() == ""
-    read_commit.cache_clear()

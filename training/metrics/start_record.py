@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 
 from common.files import append_lines
+from common.git import run_git
 from common.ranks import World
 
-HERE = Path(__file__).parents[1]  # any folder of the checkout
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "transformers",
             "safetensors", "flash-attn", "triton")
 
@@ -66,24 +65,17 @@ def _versions() -> dict[str, str]:
 
 def describe_code(folder: Path) -> dict[str, Any]:
     """Commit and uncommitted changes of the checkout; the patch goes into `folder`."""
-    commit, patch = _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD")
+    commit, patch = run_git("rev-parse", "HEAD").decode().strip(), run_git("diff", "HEAD")
     if not commit:
         return {"commit": None}
-    untracked = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/").split()
+    names = run_git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", ":/")
+    untracked = names.decode(errors="replace").split("\0")[:-1]
     code: dict[str, Any] = {"commit": commit, "dirty": bool(patch), "untracked": untracked}
     if patch:
-        name = f"uncommitted-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch"
-        (folder / name).write_text(patch, encoding="utf-8")
+        name = f"uncommitted-{hashlib.sha256(patch).hexdigest()[:12]}.patch"
+        (folder / name).write_bytes(patch)
         code["patch"] = name
     return code
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True,
-                              errors="replace", check=False).stdout
-    except OSError:  # no git on this machine
-        return ""
 
 
 def describe_hardware() -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+from common import git as git_module
 from common.files import read_lines
 from common.ranks import World
 from training.metrics import start_record
@@ -37,9 +38,7 @@ def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkey
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
                        cwd=tmp_path, check=True, capture_output=True)
 
-    inner = tmp_path / "training" / "metrics"  # wherever the module lies in the checkout
-    inner.mkdir(parents=True)
-    monkeypatch.setattr(start_record, "HERE", inner)
+    monkeypatch.setattr(git_module, "CHECKOUT", tmp_path)
     assert start_record.describe_code(tmp_path) == {"commit": None}
     git("init")
     (tmp_path / "file.py").write_text("a = 1\n")
@@ -48,7 +47,7 @@ def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkey
     clean = start_record.describe_code(tmp_path)
     assert len(clean["commit"]) == 40 and not clean["dirty"]
     (tmp_path / "file.py").write_text("a = 2\n")
-    (tmp_path / "new.py").write_text("b = 1\n")
+    (tmp_path / "a new file.py").write_text("b = 1\n")
     dirty = start_record.describe_code(tmp_path)
-    assert dirty["dirty"] and dirty["untracked"] == ["new.py"]
+    assert dirty["dirty"] and dirty["untracked"] == ["a new file.py"]
     assert "+a = 2" in (tmp_path / dirty["patch"]).read_text()
