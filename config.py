@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from common.ranks import World
-from common.settings import ConfigError, parse_overrides, read_yaml_file
+from common.settings import ConfigError, flatten, parse_overrides, read_yaml_file
 from data.loading.sources import DataConfig, Opened, check_data
 from data.provenance import check_provenance
 from model import AVFullDiTConfig, JointConfig
@@ -188,16 +188,8 @@ def sources(path: str | Path, arguments: list[str]) -> dict[str, str]:
         current = None if base is None else current.parent / base
     found: dict[str, str] = {}
     for name, values in [*reversed(chain), ("override", parse_overrides(arguments))]:
-        found |= dict.fromkeys(_flatten(values), name)
+        found |= dict.fromkeys(flatten(values), name)
     return found
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inside = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        flat |= inside or {f"{prefix}{key}": value}
-    return flat
 
 
 def report_lines(
@@ -209,10 +201,10 @@ def report_lines(
         config: resolved. arguments: train.py's. completed: the engine's config at `ds_path`.
     """
     given = sources(arguments[0], arguments[1:])
-    rows = [(key, value, given.get(key, "default")) for key, value in _flatten(config).items()]
-    in_file, ours = _flatten(read_ds_config(ds_path)), _flatten(QUIET | FP32_GRADIENTS)
+    rows = [(key, value, given.get(key, "default")) for key, value in flatten(config).items()]
+    in_file, ours = flatten(read_ds_config(ds_path)), flatten(QUIET | FP32_GRADIENTS)
     engine = []
-    for key, value in _flatten(completed).items():
+    for key, value in flatten(completed).items():
         source = ds_path if key in in_file else DERIVED.get(key)
         engine.append((key, value, source or ("default" if key in ours else "DeepSpeed")))
     return [*_aligned(rows), "", "DeepSpeed:", *_aligned(engine)]

@@ -4,14 +4,16 @@ The dataclasses themselves live beside the code that owns them; `train.py` compo
 """
 
 import dataclasses
-import difflib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from common.strict_config import SAME, nearest
 
 T = TypeVar("T")
 
@@ -96,6 +98,17 @@ def overlay(base: dict, top: dict) -> dict:
     return merged
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1e-5}} -> {"optimizer.lr": 1e-5}; a list or an empty dict is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def parse_overrides(arguments: list[str]) -> dict:
     """`["optimizer.lr=1e-4", "task=t2v"]` -> nested dict; values are YAML."""
     values: dict = {}
@@ -133,16 +146,6 @@ def parse_config(cls: type[T], values: dict, where: str = "config") -> T:
         if first["type"] == "value_error":  # a dataclass's own check, which names its key
             raise ConfigError(f"{where}: {message}") from error
         raise ConfigError(f"{where}: {key}={first['input']!r}: {message}") from error
-
-
-SAME = {"learning_rate": "lr"}  # another project's word -> ours, where no letter is alike
-
-
-def nearest(word: str, known: list[str], prefix: str = "") -> str:
-    """Hint for an unknown word; ``prefix``: the section it stands in, with its dot."""
-    word = SAME.get(word, word)
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean '{prefix}{match[0]}'?" if match else "known: " + ", ".join(sorted(known))
 
 
 def _check_keys(cls: Any, values: Any, where: str, prefix: str) -> None:

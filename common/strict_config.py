@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+SAME = {"learning_rate": "lr"}  # another project's word -> ours, where no letter is alike
 
 
 def strict_config(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -22,18 +23,17 @@ def strict_config(cls: type[Config], values: Mapping[str, Any], where: str) -> C
     arguments = {}
     for key, value in values.items():
         if key not in defaults:
-            raise ValueError(unknown_key_message(key, list(defaults), where))
+            hint = nearest(key, list(defaults), f"{where}.")
+            raise ValueError(f"{where}.{key} is not a known key; {hint}")
         arguments[key] = _matching_type(f"{where}.{key}", value, defaults[key])
     return cls(**arguments)
 
 
-def unknown_key_message(key: str, known: list[str], where: str) -> str:
-    """One line naming the unknown ``key`` and the nearest of the ``known`` ones."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return (
-        f"{where}.{key} is not a known key; did you mean {where}.{nearest[0]}? "
-        f"Known keys: {', '.join(sorted(known))}"
-    )
+def nearest(word: str, known: list[str], prefix: str = "") -> str:
+    """Hint for an unknown word; ``prefix``: the section it stands in, with its dot."""
+    word = SAME.get(word, word)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean '{prefix}{match[0]}'?" if match else "known: " + ", ".join(sorted(known))
 
 
 def _matching_type(name: str, value: Any, default: Any) -> Any:

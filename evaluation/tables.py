@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common.durations import as_clock
 from common.files import read_lines
 from common.settings import ConfigError, parse_config
 from data.loading.sources import DataConfig
@@ -21,7 +22,6 @@ from model.variants import CHOICES
 from model.weights.hub import one_line_errors
 from model.weights.names import part_of
 from training.engine import count_by
-from training.metrics.writer import format_seconds
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -65,7 +65,7 @@ def summary_table(runs: list[tuple[Path, Curves]]) -> str:
         rows.setdefault("samples/s, median", []).append(
             f"{statistics.median(rate):.3g}" if len(rate) else "")
         rows.setdefault("time in steps", []).append(
-            format_seconds(float(statistics.median(seconds) * steps[-1])) if len(steps) else "")
+            as_clock(float(statistics.median(seconds) * steps[-1])) if len(steps) else "")
         rows.setdefault("starts", []).append(str(len(read_starts(run_dir))))
     return table([], [[name, *values] for name, values in rows.items()])
 

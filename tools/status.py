@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.requeue import HOPELESS
+from common.durations import as_clock, in_words
 from common.files import read_lines
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.checkpoint.contents import MANIFEST, read_manifest, wrong_size
@@ -75,18 +76,6 @@ def read_run(path: Path) -> Run:
     )
 
 
-def ago(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
 def own_jobs(run: Run) -> list[dict[str, Any]]:
     """START and END lines without those of jobs that were refused while another one trained."""
     told = datetime.strptime(run.status["time"], TIME_FORMAT).timestamp() \
@@ -114,20 +103,20 @@ def describe_state(run: Run) -> str:
     if last.get("event") == "END" and (state == "running" or not told):
         where = ", in preflight" if last.get("stage") == "preflight" else ""
         why = f" ({HOPELESS[last['exit']]})" if last["exit"] in HOPELESS else ""
-        return (f"ended with exit {last['exit']}{why} {ago(run.now - last['time'])} ago{where}"
+        return (f"ended with exit {last['exit']}{why} {in_words(run.now - last['time'])} ago{where}"
                 f"{later}: see the job's log{' ' + log if (log := last.get('log')) else ''}")
     starting = last.get("event") == "START" and not told
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
     if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
-        return f"running?  NO SIGN FOR {ago(silent)}: the job may be dead"
+        return f"running?  NO SIGN FOR {in_words(silent)}: the job may be dead"
     if starting:
         before = "" if state == "unknown" else f", {state} before"
-        return f"starting{before}; last sign {ago(silent)} ago"
+        return f"starting{before}; last sign {in_words(silent)} ago"
     reason = f": {run.status['reason']}" if run.status.get("reason") else ""
     if state == "preempted" and last.get("event") == "END":
         later = later or ", goes on when requeued or submitted again (squeue --me)"
     return f"{state}{reason}{later if state in ('preempted', 'failed') else ''}, " \
-           f"last sign {ago(silent)} ago"
+           f"last sign {in_words(silent)} ago"
 
 
 def decided(run: Run, last: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +154,7 @@ def describe_steps(run: Run) -> list[str]:
         # It may have been submitted with another max_steps, which is not written down yet.
         return [f"step        {last['step']} before this start"]
     lines = [f"step        {last['step']} of {end}, {100 * last['step'] / max(end, 1):.1f} %, "
-             f"time left {clock(seconds * (end - last['step']))}"]
+             f"time left {as_clock(seconds * (end - last['step']))}"]
     if seconds:
         lines.append(f"speed       {seconds:.3g} s a step, {batch / seconds:.3g} samples/s")
     lines.append(f"loss        {last['train/loss']:.4f}  {named(last, 'train/loss_')}  "
@@ -191,7 +180,7 @@ def describe_checkpoint(run: Run) -> str:
                          f"{manifest.world_size} ranks")
     except (CheckpointError, OSError) as error:
         told = str(error)
-    age = ago(run.now - (tag / MANIFEST).stat().st_mtime)
+    age = in_words(run.now - (tag / MANIFEST).stat().st_mtime)
     return f"step {step_of(tag)}, {age} ago, {told}; {len(tags)} there"
 
 
@@ -204,7 +193,7 @@ def describe_jobs(run: Run) -> list[str]:
         last, ended = starts[-1], jobs[-1]["event"] == "END"
         lines.append(
             f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
-            f"{'ended' if ended else 'started'} {ago(run.now - jobs[-1]['time'])} ago")
+            f"{'ended' if ended else 'started'} {in_words(run.now - jobs[-1]['time'])} ago")
         nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
         # A resubmitted job counts its restarts anew, the ledger does not.
         itself = sum(entry["requeue"] for entry in run.requeues)

@@ -19,7 +19,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 
-from common.settings import ConfigError, nearest
+from common.settings import ConfigError
+from common.strict_config import nearest
 
 # Key -> type of a value, keys of a block (read from 0.19.8's constants), or DeepSpeed's own model
 # of a block. Tests fail when an upgrade reads another key, at the top or inside.

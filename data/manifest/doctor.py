@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from common.durations import in_words
 from data.arguments import add_cut_flags, amount, positive
 from data.clips.decode import CutSpec, read_cut
 from data.clips.probe import Rejected
@@ -201,23 +202,18 @@ def report(
     one = found.gpu_seconds / max(1.0, found.clips)
     lines = [
         f"usable   {found.clips:,.0f}{margin} of {given:,} clips{scaled}, "
-        f"{_span(found.clips * args.frames / args.fps)} of cuts",
+        f"{in_words(found.clips * args.frames / args.fps)} of cuts",
         *(f"rejected {count:8,} {reason}" for reason, count in reasons.most_common()),
-        f"encode   {_span(found.gpu_seconds / args.gpus)} on {args.gpus} GPUs at {one:.3f} s a clip"
+        f"encode   {in_words(found.gpu_seconds / args.gpus)} on {args.gpus} GPUs at {one:.3f} s a "
+        "clip"
         + ("" if args.encode_seconds else " (an H200, computed, not measured: --encode-seconds)"),
-        f"decode   {_span(found.decode_seconds)} of one process here, measured: "
+        f"decode   {in_words(found.decode_seconds)} of one process here, measured: "
         f"{math.ceil(found.decode_seconds / max(found.gpu_seconds, 1e-9))} processes keep a GPU "
         f"busy",
         f"bytes    {total / 1e9:,.2f} GB before compression: {found.sample_bytes:,} a sample with "
         f"{args.text_rows} rows of video text (--text-rows)",
     ]
     return "\n".join(lines)
-
-
-def _span(seconds: float) -> str:
-    unit, length = next((u, n) for u, n in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= n
-                        or n == 1)
-    return f"{seconds / length:,.1f} {unit}"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

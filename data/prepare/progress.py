@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from common.durations import in_words
 from data.prepare.job import Job, partial_folder
 from data.prepare.merge import tally
 from data.schema import METADATA_FILE, load_metadata
@@ -26,9 +27,9 @@ def status(job: Job | None, out: Path) -> str:
         own_rate = worker["clips"] / max(worker["time"] - worker["began"], 1e-3)
         if not worker["left"]:
             continue
-        state = f"{own_rate:.2f} clip/s, ETA {duration(worker['left'] / max(own_rate, 1e-9))}"
+        state = f"{own_rate:.2f} clip/s, ETA {in_words(worker['left'] / max(own_rate, 1e-9))}"
         if silent > STALE_SECONDS:
-            state = f"not heard of for {duration(silent)}; if it does not run, start it again"
+            state = f"not heard of for {in_words(silent)}; if it does not run, start it again"
         else:
             rate, running = rate + own_rate, running + 1
         lines.append(
@@ -42,17 +43,10 @@ def status(job: Job | None, out: Path) -> str:
         rejected.update(reject["reason"] for reject in receipt["rejects"])
     missing = job.missing()
     clips = sum(len(group.items) for group in missing)
-    eta = duration(clips / rate) if rate else "unknown"
+    eta = in_words(clips / rate) if rate else "unknown"
     lines.append(
         f"{out}: {len(job.groups) - len(missing)} of {len(job.groups)} shards, {samples} samples, "
         f"{clips} of {job.num_items} clips left; {rate:.2f} clip/s by {running} running workers, "
         f"ETA {eta}; rejected: {tally(rejected)}"
     )
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, two digits or so."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -54,7 +54,8 @@ def test_a_preemption_is_no_crash_and_a_new_job_counts_anew(run_dir, monkeypatch
     assert [decide(run_dir, 1)[0] for _ in range(3)] == [True, True, False]
 
 
-@pytest.mark.parametrize("damaged", ['{"event": "START", "ti', '{"event": "END"}}\n', "\0\0\n", "7\n"])
+@pytest.mark.parametrize("damaged", [
+    '{"event": "START", "ti', '{"event": "END"}}\n', "\0\0\n", "7\n"])
 @pytest.mark.parametrize("name", ["jobs", "requeues"])
 def test_a_damaged_history_does_not_decide(run_dir, name, damaged):
     """A full disk or a power cut tore a line: the run goes on, and a crash loop is still seen."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.settings import ConfigError, load_config, parse_config, read_yaml
+from common.settings import ConfigError, flatten, load_config, parse_config, read_yaml
 from training.ds_config import (
     OFFERED,
     OWNED_BY_YAML,
@@ -176,3 +176,8 @@ def test_batch_arithmetic():
         accumulation_steps(24, 1, 16)
     with pytest.raises(ConfigError, match="use 16"):
         accumulation_steps(8, 2, 8)
+
+
+def test_flatten():
+    assert flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}, "g": None}) == {
+        "a.b.c": 1, "a.d": [{"e": 2}], "f": {}, "g": None}

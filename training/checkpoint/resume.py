@@ -8,8 +8,8 @@ keys have no such part. A key that nobody thought of is named.
 import fnmatch
 import importlib.metadata
 import json
-from typing import Any
 
+from common.settings import flatten
 from training.checkpoint.retention import Found
 from training.checkpoint.run_dir import CheckpointError
 
@@ -78,7 +78,7 @@ def changes(saved: dict, now: dict) -> list[str]:
     Raises:
         CheckpointError: for a key that must not change.
     """
-    old, new = _flatten({key: saved.get(key) for key in now}), _flatten(now)
+    old, new = flatten({key: saved.get(key) for key in now}), flatten(now)
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -93,16 +93,6 @@ def changes(saved: dict, now: dict) -> list[str]:
         if not any(fnmatch.fnmatch(key, pattern) for pattern in FREE):
             lines.append(f"{key.removeprefix('config.')}: was {before}, is {after}")
     return lines
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {"a.b": value}; a list is a value."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def check_same_model(saved: dict, model: dict, defaults: dict) -> None:

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from common.durations import as_clock, in_words
 from common.ranks import World
 from training.checkpoint.run_dir import tags_in
-from training.metrics.writer import NO_STEP, format_seconds, read_records
+from training.metrics.writer import NO_STEP, read_records
 
 RECENT = 50  # records from which the time of a step is taken
 
@@ -93,15 +94,14 @@ def budget(
         each = statistics.median(record["time/step_seconds"] for record in timed[1:] or timed)
         beside = _seconds_beside(timed)
         left = (each + beside) * to_go
-        need = f"{left / 3600:.1f} h" if left >= 3600 else f"{left / 60:.0f} min"
         more = f" and {beside:.2f} s for saves, validation and samples" if beside else ""
-        words += f" at {each:.2f} s{more}, {need}"
+        words += f" at {each:.2f} s{more}, {in_words(left)}"
         if allowed is not None:
-            words += f" of the {allowed / 3600:.1f} h that this job has left"
+            words += f" of the {in_words(allowed)} that this job has left"
             if left > allowed:
                 words += f", about {math.ceil(left / allowed) - 1} requeues"
     elif allowed is not None:
-        words += f"; this job has {allowed / 3600:.1f} h left"
+        words += f"; this job has {in_words(allowed)} left"
     try:
         saved = tags_in(run_dir)
         size = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else (
@@ -142,7 +142,7 @@ def summary(
         spent: seconds per phase since the last record, which no record holds.
     """
     records = _records(run_dir)
-    lines = [f"{ended} after {format_seconds(seconds)}; run directory {run_dir}", f"  {trained}"]
+    lines = [f"{ended} after {as_clock(seconds)}; run directory {run_dir}", f"  {trained}"]
     last = next((record for record in reversed(records) if "train/loss" in record), None)
     if last:
         parts = "  ".join(f"{tag.removeprefix('train/loss_')} {last[tag]:.4f}"

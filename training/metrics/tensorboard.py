@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from common.files import whole_file
+from common.settings import flatten
 
 FLUSH_SECONDS = 30
 # The first screen: what one looks at, in this order. Regular expressions of tags.
@@ -118,7 +119,7 @@ class Events:
         Args:
             absent: parts of tags that this run never writes; a chart of such a tag is left out.
         """
-        experiment, started, _ = hparams(flatten(config), dict.fromkeys(metrics, 0.0))
+        experiment, started, _ = hparams(_plain(config), dict.fromkeys(metrics, 0.0))
         layout = {}
         for title, charts in LAYOUT.items():
             drawn = {name: chart for name, chart in charts.items()
@@ -130,23 +131,17 @@ class Events:
 
     def end(self, step: int, config: Mapping[str, Any], metrics: list[str]) -> None:
         """The run is done: its row in the HParams tab is final."""
-        self._write(step, *hparams(flatten(config), dict.fromkeys(metrics, 0.0))[2].value)
+        self._write(step, *hparams(_plain(config), dict.fromkeys(metrics, 0.0))[2].value)
 
     def close(self) -> None:
         if self.writer is not None:
             self._try(self.writer.close)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | str | float]:
-    """Nested settings -> {"optimizer.lr": 1e-05, ...}; what is no number becomes text."""
-    flat: dict[str, bool | str | float] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            plain = isinstance(value, bool | str | int | float)
-            flat[prefix + key] = value if plain else str(value)
-    return flat
+def _plain(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
+    """{"optimizer.lr": 1e-05, ...}; what is not a number becomes text."""
+    return {key: value if isinstance(value, bool | str | int | float) else str(value)
+            for key, value in flatten(config).items()}
 
 
 def drop_from(folder: Path, first_step: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.durations import as_clock
 from common.files import keep_lines_before, mend_last_line, read_lines, write_json
 from training.metrics.tensorboard import Events
 
@@ -212,10 +213,4 @@ class Clock:
     def eta(self, steps_left: int) -> str:
         """Time to the end, with saves, validation and samples as often as so far."""
         beside = self.away / max(self.steps, 1)
-        return format_seconds(((self.average or 0.0) + beside) * steps_left)
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+        return as_clock(((self.average or 0.0) + beside) * steps_left)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from common.ranks import World
 from training.metrics.console import budget, rank_log, summary
-from training.metrics.tensorboard import Events, drop_from, flatten
+from training.metrics.tensorboard import Events, _plain, drop_from
 from training.metrics.writer import Clock
 
 
@@ -190,6 +190,6 @@ def test_a_tensorboard_that_is_open_while_a_run_resumes_shows_no_step_twice(tmp_
     assert read_steps(reader) == read_steps(EventAccumulator(str(tmp_path))) == list(range(7))
 
 
-def test_settings_become_flat_names():
-    assert flatten({"a": {"b": 1, "c": None}, "d": [1, 2], "e": True}) == {
+def test_settings_of_the_hparams_tab_are_flat_and_plain():
+    assert _plain({"a": {"b": 1, "c": None}, "d": [1, 2], "e": True}) == {
         "a.b": 1, "a.c": "None", "d": "[1, 2]", "e": True}
