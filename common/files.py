@@ -66,13 +66,16 @@ def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
-def read_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
+def read_lines(
+    path: Path, skip_damaged: bool = False, whole: bool = False
+) -> list[dict[str, Any]]:
     """Records of a JSON-lines file; none where it is missing.
 
     A torn last line is left out: a kill cut it, or another process is writing it.
 
     Args:
         skip_damaged: any other line that is not a JSON object is left out, with a warning.
+        whole: the file was written by `write_lines`; a torn last line is damage there.
 
     Raises:
         ValueError: for such a line otherwise, by file and number.
@@ -83,7 +86,7 @@ def read_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
         record = _json_object(line)
         if record is not None:
             found.append(record)
-        elif number < len(lines):
+        elif number < len(lines) or (whole and line):
             told = f"{path}:{number}: not a JSON object: {ascii(line.decode(errors='replace')):.60}"
             if not skip_damaged:
                 raise ValueError(told)

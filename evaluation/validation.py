@@ -102,7 +102,7 @@ def write_rows(run_dir: Path, step: int, rows: dict[str, list[Row]], t: tuple[fl
 
 def read_step(run_dir: Path, step: int, weights: str = "raw") -> list[dict[str, Any]]:
     """Every line of a step's file."""
-    lines = read_lines(run_dir / "validation" / f"step{step:08d}.jsonl")
+    lines = read_lines(run_dir / "validation" / f"step{step:08d}.jsonl", whole=True)
     return [line for line in lines if line["weights"] == weights]
 
 

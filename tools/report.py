@@ -183,8 +183,7 @@ def read_reference(path: Path, place: int) -> Curves:
         records = read_lines(path)
     except ValueError as error:
         raise ConfigError(rule.format(f"not JSON lines: {error}")) from error
-    if not records or not all(isinstance(one, dict) and isinstance(one.get("step"), int)
-                              for one in records):
+    if not records or not all(isinstance(one.get("step"), int) for one in records):
         raise ConfigError(rule.format("lines without a step" if records else "no record in it"))
     records = [{tag: value for tag, value in record.items()
                 if isinstance(value, int | float) and math.isfinite(value)} for record in records]

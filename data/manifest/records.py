@@ -183,7 +183,7 @@ def read_ledger(manifest: Path) -> list[Record]:
     if not path.is_file():
         return []
     try:
-        lines = read_lines(path)
+        lines = read_lines(path, whole=True)
         for number, line in enumerate(lines, start=1):
             if not isinstance(line.get("reason"), str):
                 raise ValueError(f"line {number} has no 'reason'")

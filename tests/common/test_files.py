@@ -79,6 +79,8 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, torn, capsys):
         path.write_bytes(whole + torn)
         kept = [{"step": 1}] if whole else []
         assert read_lines(path) == kept  # another process may be writing it
+        with pytest.raises(ValueError, match=r"x\.jsonl:\d: not a JSON object"):
+            read_lines(path, whole=True)
         assert path.read_bytes() == whole + torn
         mend_last_line(path)
         assert path.read_bytes() == whole

@@ -176,7 +176,7 @@ def test_an_overlay_that_a_disk_did_not_take_is_an_error(twins, monkeypatch, cap
 
 @pytest.mark.parametrize("text, why", [
     (None, "no such file"), ("", "no record in it"), ("step 1\n", "not JSON lines"),
-    ('[1]\n', "without a step"), ('{"train/loss": 1}\n', "without a step")])
+    ('[1]\n', "not JSON lines"), ('{"train/loss": 1}\n', "without a step")])
 def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, text, why):
     path = tmp_path / "t2av.jsonl"
     if text is not None:

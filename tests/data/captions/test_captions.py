@@ -229,7 +229,7 @@ def test_refuses_to_mix(models, manifest, tmp_path, capsys, undisturbed):
         assert word in error and "give another --out" in error
     part.write_bytes(kept + b"{half\n")
     assert run(manifest, out, *tarsier2) == 1
-    assert f"{part}:6: damaged" in one_error(capsys)
+    assert f"{part}:6: not a JSON object" in one_error(capsys)
     part.write_bytes(kept)
     with appending(part):
         assert run(manifest, out, *tarsier2) == 1

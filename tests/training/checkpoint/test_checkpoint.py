@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.requeue import newest_step
+from common.files import file_sha256
 from common.ranks import World
 from tests.support.launch import run_ranks, start_ranks
 from training.checkpoint import retention
@@ -28,7 +29,7 @@ from training.checkpoint.retention import (
 )
 from training.checkpoint.run_dir import CheckpointError
 from training.checkpoint.save_load import read_weights, write_weights
-from training.checkpoint.slices import Slice, SliceReader, file_sha256, write_slices
+from training.checkpoint.slices import Slice, SliceReader, write_slices
 from training.zero_state import Piece, Shard
 
 WORKER = "tests/support/workers/checkpoint_worker.py"
