@@ -1,9 +1,11 @@
 """This rank's fp32 training state, whatever keeps it: which elements of which parameter lie where.
 
-DeepSpeed keeps the fp32 weights and Adam's moments in flat buffers whose layout depends on the
-ZeRO stage, the precision and the world size. `find_shards` tells all of them in one form, which
-the checkpoint and the EMA work on. These are not public names of DeepSpeed: the version is pinned
-and tests/training/checkpoint/test_checkpoint.py resumes every kind from every other.
+DeepSpeed keeps the fp32 weights, Adam's moments and the gradients in flat buffers whose layout
+depends on the ZeRO stage, the precision and the world size. `find_shards` and `own_gradients` tell
+all of them in one form, which the checkpoint, the EMA and the norms work on. These are not public
+names of DeepSpeed, and no other file uses them: the version is pinned,
+tests/training/checkpoint/test_checkpoint.py resumes every kind from every other, and
+tests/training/metrics/test_norms.py holds the gradients of every kind against autograd's.
 """
 
 from collections.abc import Iterator
@@ -121,6 +123,57 @@ def _fragments(
                 pieces.append(Piece(names[id(p)], inside.start, place.start, place.numel))
         shards.append(Shard(flat, pieces))
     return shards
+
+
+def own_gradients(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, this rank's piece of its gradient, (n,) without padding, n may be 0).
+
+    Complete between the last micro-batch's backward pass and `engine.step`; before clipping.
+    """
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    kept = engine.optimizer
+    if isinstance(kept, DeepSpeedZeroOptimizer_Stage3):
+        yield from _stage3_gradients(kept, names)
+    elif isinstance(kept, BF16_Optimizer):
+        for flat, group in zip(kept.fp32_groups_gradient_flat_partition, kept.bf16_groups,
+                               strict=True):
+            for p in group:
+                if p._hp_mapping is not None:  # some of it is this rank's
+                    place = p._hp_mapping.hp_fragment_address
+                    yield names[id(p)], flat.narrow(0, place.start, place.numel)
+    elif isinstance(kept, DeepSpeedZeroOptimizer):
+        for group in kept.bit16_groups:
+            for p in group:
+                if p._hp_mapping is not None:
+                    fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+                    yield names[id(p)], fragment.view(-1)
+    else:
+        yield from ((names[id(p)], p.grad.view(-1)) for group in kept.param_groups
+                    for p in group["params"] if p.grad is not None)
+
+
+def _stage3_gradients(
+    kept: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]
+) -> Iterator[tuple[str, Tensor]]:
+    for index, group in enumerate(kept.fp16_groups):
+        if kept.offload_optimizer:  # they went to the host, beside the weights' own place
+            flat, sizes = kept.fp32_partitioned_groups_flat[index].grad, []
+            for p in group:
+                sizes.append(p.partition_numel())
+            pieces = flat.narrow(0, 0, sum(sizes)).split(sizes)
+        else:
+            pieces = kept.averaged_gradients[index]
+        for p, piece in zip(group, pieces, strict=True):
+            size = p.partition_numel()
+            begin = kept._get_param_partition_rank(p) * size
+            real = max(0, min(size, p.ds_numel - begin))
+            yield names[id(p)], piece.view(-1)[:real]
+
+
+def gradients_are_replicated(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether every rank holds whole gradients: stage 0."""
+    sharded = DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer
+    return not isinstance(engine.optimizer, sharded)
 
 
 def parameter_shapes(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[int]]:

@@ -1,23 +1,27 @@
 """How each part of the model moves: its gradient norm, and its update against its weights.
 
-DeepSpeed gives one norm for all parameters. Here gradients are read where the ZeRO stage keeps
+DeepSpeed gives one norm for all parameters. Here gradients are read where training.zero_state finds
 them, between the last backward pass and the optimiser's step, and summed by part over the ranks'
 own pieces: nothing is gathered, no gradient is touched. The update is computed from AdamW's own
 state after the step, so that no copy of the weights is needed. Called by train.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import deepspeed
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from common.ranks import World, sum_over_ranks
 from training.engine import OptimizerConfig, parameter_groups
-from training.zero_state import base_optimizer, find_shards, read_moments, updates_done
+from training.zero_state import (
+    base_optimizer,
+    find_shards,
+    gradients_are_replicated,
+    own_gradients,
+    read_moments,
+    updates_done,
+)
 
 
 def group_places(
@@ -42,9 +46,9 @@ class Health:
         groups: dict[str, int], world: World,
     ) -> None:
         self.engine, self.groups, self.world = engine, groups, world
-        self.names = {id(p): name for name, p in engine.module.named_parameters()}
-        self.parts = sorted({part_of(name) for name in self.names.values()})
-        self.place = {name: self.parts.index(part_of(name)) for name in self.names.values()}
+        names = [name for name, _ in engine.module.named_parameters()]
+        self.parts = sorted(set(map(part_of, names)))
+        self.place = {name: self.parts.index(part_of(name)) for name in names}
 
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:
@@ -53,7 +57,7 @@ class Health:
         To be called when the last micro-batch's backward is through and before `engine.step`.
         """
         names, pieces = [], []
-        for name, piece in self._gradients():
+        for name, piece in own_gradients(self.engine):
             if piece.numel():
                 names.append(name)
                 pieces.append(piece)
@@ -63,52 +67,10 @@ class Health:
             index = torch.tensor([self.place[name] for name in names], device=norms.device)
             squares = norms.double().square()
             totals.index_add_(0, index.to(totals.device), squares.to(totals.device))
-        if self._replicated():
+        if gradients_are_replicated(self.engine):
             totals /= self.world.world_size
         norms_of_all = sum_over_ranks(totals).sqrt().tolist()
         return dict(zip(self.parts, norms_of_all, strict=True))
-
-    def _replicated(self) -> bool:
-        """Whether every rank holds whole gradients: stage 0."""
-        sharded = DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer
-        return not isinstance(self.engine.optimizer, sharded)
-
-    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, this rank's piece of its gradient), without padding."""
-        kept = self.engine.optimizer
-        if isinstance(kept, DeepSpeedZeroOptimizer_Stage3):
-            yield from self._stage3(kept)
-        elif isinstance(kept, BF16_Optimizer):
-            for flat, group in zip(kept.fp32_groups_gradient_flat_partition, kept.bf16_groups,
-                                   strict=True):
-                for p in group:
-                    if p._hp_mapping is not None:
-                        place = p._hp_mapping.hp_fragment_address
-                        yield self.names[id(p)], flat.narrow(0, place.start, place.numel)
-        elif isinstance(kept, DeepSpeedZeroOptimizer):
-            for group in kept.bit16_groups:
-                for p in group:
-                    if p._hp_mapping is not None:  # some of it is this rank's
-                        fragment = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
-                        yield self.names[id(p)], fragment.view(-1)
-        else:
-            yield from ((self.names[id(p)], p.grad) for group in kept.param_groups
-                        for p in group["params"] if p.grad is not None)
-
-    def _stage3(self, kept: DeepSpeedZeroOptimizer_Stage3) -> Iterator[tuple[str, Tensor]]:
-        for index, group in enumerate(kept.fp16_groups):
-            if kept.offload_optimizer:  # they went to the host, beside the weights' own place
-                flat, sizes = kept.fp32_partitioned_groups_flat[index].grad, []
-                for p in group:
-                    sizes.append(p.partition_numel())
-                pieces = flat.narrow(0, 0, sum(sizes)).split(sizes)
-            else:
-                pieces = kept.averaged_gradients[index]
-            for p, piece in zip(group, pieces, strict=True):
-                size = p.partition_numel()
-                begin = kept._get_param_partition_rank(p) * size
-                real = max(0, min(size, p.ds_numel - begin))
-                yield self.names[id(p)], piece.view(-1)[:real]
 
     @torch.no_grad()
     def update_ratios(self) -> dict[str, float]:
