@@ -47,8 +47,9 @@ from training.checkpoint.save_load import load_checkpoint, save_checkpoint
 from training.distributed import leave, shutdown, start
 from training.ema import EMA
 from training.guards.bad_numbers import EXIT_CODE as BAD_NUMBERS
-from training.guards.bad_numbers import BadNumbersError, Drawn
-from training.guards.supervisor import Agreed, Safety
+from training.guards.bad_numbers import BadNumbersError, Drawn, Guard
+from training.guards.straggler import Straggler
+from training.guards.supervisor import Agreed, Safety, StepAgreement
 from training.metrics.accumulator import Scale, Watch
 from training.metrics.console import budget, rank_log, summary
 from training.metrics.norms import Health, group_places
@@ -77,8 +78,8 @@ def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
 
 def train_step(
     engine: Any, step: int, batch: Batch, epoch: int, objective: Objective,
-    empty: dict[str, torch.Tensor], safety: Safety, watch: Watch, cross_modal_bias: float = 0.0,
-    logged: bool = False,
+    empty: dict[str, torch.Tensor], agreement: StepAgreement, watch: Watch,
+    cross_modal_bias: float = 0.0, logged: bool = False,
 ) -> Agreed:
     """Update number `step` from this rank's share of the global batch.
 
@@ -86,29 +87,29 @@ def train_step(
     """
     batch = objective.drop_captions(batch, epoch, empty)
     t = objective.draw_t(batch.sample_ids, epoch)
-    safety.begin_step(step, epoch, batch, t)
+    agreement.begin(step, epoch, batch, t)
     micro, losses = engine.train_micro_batch_size_per_gpu(), []
     weight = batch.audio_weight.to(engine.device)
     for begin in range(0, len(batch.sample_ids), micro):
         part = slice(begin, begin + micro)
         noised = objective.noise(batch.part(part), t[part], epoch, engine.device)
-        with safety.straggler.forward():
+        with agreement.straggler.forward():
             video, audio = objective.losses(engine, noised, cross_modal_bias)
         # Equal micro-batches: the mean of their means is the mean over the global batch, and the
         # weights make it one over its samples with sound.
         loss = objective.total(video.mean(), (audio * weight[part]).mean())
         last = begin + micro >= len(batch.sample_ids)
-        screened = safety.guard.screen(loss, last)
+        screened = agreement.guard.screen(loss, last)
         watch.losses(t[part], video, audio, noised.has_audio)
         losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
         if last:
-            safety.tell(watch.take_sums())
+            agreement.tell(watch.take_sums())
         engine.backward(screened)
         if last:
             watch.before_update(logged)
         engine.step()
     drawn = Drawn(step, epoch, batch.sample_ids, t, torch.cat(losses))
-    return safety.after_step(drawn, engine.was_step_applied())
+    return agreement.agree(drawn, engine.was_step_applied())
 
 
 def rate_factor(step: int, config: RunConfig) -> float:
@@ -150,11 +151,14 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         safety.last_good = found.tag
     judged = found.manifest.run.get("guard") if found else None
     resumed_at = None if config.validate_only else first + 1 if first else 0
-    safety.attend(config.guard, resumed_at, judged, engine.device)
+    agreement = StepAgreement(
+        safety, Guard(config.guard, run_dir, world, resumed_at, judged),
+        Straggler(world, engine.device),
+    )
     ledger = None if config.validate_only or not world.is_main else run_dir / "substitutions.jsonl"
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
-        ledger, safety.straggler.waited,
+        ledger, agreement.straggler.waited,
     )
     held_out, empty = HeldOut(config.data, ledger), plan.streams[0].text_states
     objective = Objective(config.task, config.seed, config.flow)
@@ -169,7 +173,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         device, peak = device_name(engine.device), watch.scale.peak_tflops
         if resumed_at is not None:  # validate_only makes nothing that a record would tell of
             card = write_start(
-                run_dir, world, safety.straggler.hosts, first, seed=config.seed,
+                run_dir, world, agreement.straggler.hosts, first, seed=config.seed,
                 resumed_from=found and found.tag, data=about["fingerprints"],
                 weights=weight_fingerprints(config.task, config.wan, config.tangoflux),
                 peak={"device": device, "bf16_tflops": peak})
@@ -219,7 +223,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
                 bench.survive("sampling", step, partial(bench.draw, step, writer))
         if step > first and (step % config.save_every == 0 or done or safety.save):
             state = {"loader": {"epoch": epoch, "samples_seen": step * config.global_batch_size},
-                     "guard": safety.guard.state(), "watch": watch.state()}
+                     "guard": agreement.guard.state(), "watch": watch.state()}
             retention = Retention(config.keep_checkpoints, config.keep_every)
             with safety.phase("checkpoint"):
                 tag = save_checkpoint(engine, run_dir, step, about | state, retention, world, ema)
@@ -234,7 +238,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         step += 1
         logged = step % config.log_every == 0 or step == config.max_steps
         agreed = train_step(
-            engine, step, batch, epoch, objective, empty, safety, watch, bias, logged
+            engine, step, batch, epoch, objective, empty, agreement, watch, bias, logged
         )
         watch.add(agreed.sums, agreed.applied)
         if agreed.applied and ema:
@@ -242,7 +246,7 @@ def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
         if agreed.said:
             writer.say(agreed.said)
         if logged and watch.counted:
-            shares, slowest = safety.straggler.compare(watch.here)
+            shares, slowest = agreement.straggler.compare(watch.here)
             values = watch.record(step, epoch, clock.tick(watch.here, safety.spent), safety.spent)
             writer.step(step, values | shares, clock, slowest)
         if world.is_main and logged and 0 <= step - first - BUDGET_AGAIN < config.log_every:

@@ -36,8 +36,9 @@ from playground.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
 from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
-from training.guards.bad_numbers import GuardConfig
-from training.guards.supervisor import Agreed, Safety
+from training.guards.bad_numbers import Guard, GuardConfig
+from training.guards.straggler import Straggler
+from training.guards.supervisor import Agreed, Safety, StepAgreement
 from training.guards.watchdog import WatchdogConfig
 
 LOG_EVERY = 10
@@ -54,10 +55,10 @@ class Without:
     """A loop's calls with nothing behind them."""
 
     def __init__(self) -> None:
-        self.guard = self.straggler = self
+        self.guard = self.straggler = self.supervisor = self
         self.sums: list[torch.Tensor] = []
 
-    def begin_step(self, *unused: Any) -> None:
+    def begin(self, *unused: Any) -> None:
         pass
 
     def forward(self) -> contextlib.AbstractContextManager:
@@ -72,7 +73,7 @@ class Without:
     def tell(self, sums: torch.Tensor) -> None:
         self.sums.append(sums)
 
-    def after_step(self, drawn: Any, applied: bool) -> Agreed:
+    def agree(self, drawn: Any, applied: bool) -> Agreed:
         if len(self.sums) == LOG_EVERY:
             sum_over_ranks(torch.stack(self.sums).sum(dim=0)).tolist()
             self.sums = []
@@ -130,15 +131,15 @@ def build(width: str, layers: int, world: Any) -> tuple[Any, Batch]:
 
 
 def one_step(
-    engine: Any, batch: Batch, objective: Objective, safety: Any, step: int
+    engine: Any, batch: Batch, objective: Objective, agreement: Any, step: int
 ) -> tuple[float, float]:
     """Seconds of wall time, and of CPU time: on a busy machine the second tells more."""
     began, worked = time.perf_counter(), time.process_time()
-    with safety.phase("data"):
+    with agreement.supervisor.phase("data"):
         epoch = step
-    train.train_step(engine, step, batch, epoch, objective, {}, safety, Sums())
-    if step % LOG_EVERY == 0 and isinstance(safety, Safety):
-        safety.straggler.compare(LOG_EVERY)
+    train.train_step(engine, step, batch, epoch, objective, {}, agreement, Sums())
+    if step % LOG_EVERY == 0 and isinstance(agreement, StepAgreement):
+        agreement.straggler.compare(LOG_EVERY)
     return time.perf_counter() - began, time.process_time() - worked
 
 
@@ -182,8 +183,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Safety(
             {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:
         Path(folder, "config").mkdir(exist_ok=True)
-        safety.attend(GuardConfig(max_skips=10**9), 0, None, engine.device)
-        modes: dict[str, Any] = {"with": safety, "without": Without()}
+        guard = Guard(GuardConfig(max_skips=10**9), Path(folder), world, 0)
+        agreement = StepAgreement(safety, guard, Straggler(world, engine.device))
+        modes: dict[str, Any] = {"with": agreement, "without": Without()}
         step = 0
         means: dict[str, list[list[float]]] = {name: [] for name in modes}
         for pair in range(-1, arguments.pairs):  # the first pair warms up

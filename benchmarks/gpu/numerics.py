@@ -42,8 +42,9 @@ from training.checkpoint.save_load import load_checkpoint, save_checkpoint
 from training.distributed import leave, shutdown, start
 from training.ds_config import complete_ds_config, read_ds_config
 from training.ema import EMA
-from training.guards.bad_numbers import GuardConfig
-from training.guards.supervisor import Safety
+from training.guards.bad_numbers import Guard, GuardConfig
+from training.guards.straggler import Straggler
+from training.guards.supervisor import Safety, StepAgreement
 from training.guards.watchdog import WatchdogConfig
 from training.metrics.norms import Health, group_places
 
@@ -126,8 +127,9 @@ class Sums:
 class Life:
     """One small engine with what train.py puts around it."""
 
-    def __init__(self, stage: int, device: torch.device, folder: str, safety: Any) -> None:
-        self.world, self.safety, self.folder = World(0, 1, 0, 1, "alone"), safety, Path(folder)
+    def __init__(self, stage: int, device: torch.device, folder: str, agreement: Any) -> None:
+        self.world, self.folder = World(0, 1, 0, 1, "alone"), Path(folder)
+        self.agreement = agreement
         values = read_ds_config(f"ds_configs/zero{stage}.json")
         values["train_micro_batch_size_per_gpu"] = 2
         for key in ("reduce_bucket_size", "allgather_bucket_size"):
@@ -151,8 +153,8 @@ class Life:
         losses = []
         for step in range(first, last + 1):
             sums: Any = Sums()
-            train.train_step(self.engine, step, self.batch, step, self.objective, {}, self.safety,
-                             sums)
+            train.train_step(self.engine, step, self.batch, step, self.objective, {},
+                             self.agreement, sums)
             losses.append(float(sums.columns[0] + sums.columns[1]))
             self.ema.update()
         return losses
@@ -163,12 +165,13 @@ def life(stage: int, device: torch.device) -> dict[str, Any]:
     world = World(0, 1, 0, 1, "alone")
     with tempfile.TemporaryDirectory() as folder, Safety(
             {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:
-        safety.attend(GuardConfig(), 1, None, device)
-        whole = Life(stage, device, folder, safety)
+        agreement = StepAgreement(
+            safety, Guard(GuardConfig(), Path(folder), world, 1), Straggler(world, device))
+        whole = Life(stage, device, folder, agreement)
         straight = whole.steps(1, 2)
         save_checkpoint(whole.engine, whole.folder, 2, {}, Retention(), world, whole.ema)
         straight += whole.steps(3, 4)
-        resumed = Life(stage, device, folder, safety)
+        resumed = Life(stage, device, folder, agreement)
         found = find_checkpoint(Path(folder), world)
         assert found is not None
         load_checkpoint(resumed.engine, found, world, resumed.ema)

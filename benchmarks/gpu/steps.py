@@ -46,8 +46,9 @@ from model.weights.names import part_of
 from training import engine as ds
 from training.distributed import leave, start
 from training.ds_config import complete_ds_config, read_ds_config
-from training.guards.bad_numbers import GuardConfig
-from training.guards.supervisor import Safety
+from training.guards.bad_numbers import Guard, GuardConfig
+from training.guards.straggler import Straggler
+from training.guards.supervisor import Safety, StepAgreement
 from training.guards.watchdog import WatchdogConfig
 from training.metrics.accumulator import Scale, Watch
 from training.metrics.norms import Health, group_places
@@ -150,7 +151,7 @@ class Run:
     def __init__(self, job: Job, device: torch.device, small: bool, safety: Any) -> None:
         if small:
             job = replace(job, micro=min(job.micro, 2), batch=min(job.batch, 2))
-        self.job, self.device, self.safety, self.step_number = job, device, safety, 0
+        self.job, self.device, self.step_number = job, device, 0
         self.config = SMALL if small else AVFullDiTConfig()
         if job.task == "t2v":
             self.config = without_audio(self.config)
@@ -164,7 +165,9 @@ class Run:
         self.model: Any = self.engine.module
         self.model.attend.resolve(device, torch.bfloat16)
         self.phases = Phases(self.engine)
-        safety.attend(GuardConfig(), None, None, device)
+        world = World(0, 1, 0, 1, "alone")
+        self.agreement = StepAgreement(
+            safety, Guard(GuardConfig(), safety.run_dir, world, None), Straggler(world, device))
         self.objective = Objective(job.task, 0, FlowConfig(caption_dropout=0.0))
         clip = Clip(2.0, 3, 12) if small else CLIPS[job.clip]
         self.batch = random_batch(self.config, clip, job.batch, 2 if small else 1)
@@ -217,7 +220,7 @@ class Run:
         began = time.perf_counter()
         self.phases.mark("other")
         agreed = train.train_step(self.phases, self.step_number, self.batch, 0, self.objective, {},
-                                  self.safety, self.watch, 0.0, logged)
+                                  self.agreement, self.watch, 0.0, logged)
         self.watch.add(agreed.sums, agreed.applied)
         self.phases.mark("end")
         synchronize(self.device)
@@ -261,7 +264,7 @@ class Run:
         }
         if way.profiled and self.device.type == "cuda":
             values["profile"] = profile(self.step, self.phases)
-        self.safety.straggler.events.clear()
+        self.agreement.straggler.events.clear()
         return values
 
 

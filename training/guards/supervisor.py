@@ -8,7 +8,7 @@ train.py.
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 
 from common.ranks import World, broadcast_object, start_sum_over_ranks
 from common.settings import ConfigError
-from training.guards.bad_numbers import Drawn, Guard, GuardConfig
+from training.guards.bad_numbers import Drawn, Guard
 from training.guards.failure_report import Failure, Last
 from training.guards.run_state import write_status
 from training.guards.stop_requests import STOP_FILE, Requests, stop_reason
@@ -79,14 +79,6 @@ class Safety:
             self.requests.took(name, seconds)
         self.watchdog.enter("compute")
 
-    def attend(
-        self, config: GuardConfig, first_step: int | None, judged: dict[str, Any] | None,
-        device: torch.device,
-    ) -> None:
-        """What can be made only once the engine exists; `judged` is the checkpoint's guard."""
-        self.guard = Guard(config, self.run_dir, self.world, first_step, judged)
-        self.straggler = Straggler(self.world, device)
-
     def refuse_too_little_time(self) -> None:
         """Before a start's first step: a job that would stop right after it, again and again.
 
@@ -100,32 +92,6 @@ class Safety:
                 f"the job ends in {left:.0f} s, and {requests.reserve():.0f} s before its end it "
                 "would save and stop: no time is left to train; submit with a longer --time"
             )
-
-    def begin_step(self, step: int, epoch: int, batch: Any, t: torch.Tensor) -> None:
-        """Remember the batch in hand; nothing is computed."""
-        self.began = time.monotonic()
-        self.failure.last = Last(step, epoch, batch, t)
-
-    def tell(self, sums: torch.Tensor) -> None:
-        """Collective: send the others this rank's sums (n,) of the step and its votes.
-
-        Before the step's last backward pass, which hides the exchange.
-        """
-        votes = torch.tensor(self.requests.votes(), dtype=torch.float64)
-        local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
-        self.told = start_sum_over_ranks(local, self.world)
-
-    def after_step(self, drawn: Drawn, applied: bool) -> Agreed:
-        """What all ranks told: the step's sums, and whether to stop or save.
-
-        Raises:
-            BadNumbersError: on every rank.
-        """
-        *sums, loss, by_signal, by_time, stop_file, save_file = self.told().tolist()
-        self.stop, self.save = stop_reason([by_signal, by_time, stop_file]), bool(save_file)
-        said = self.guard.judge(loss / self.world.world_size, applied, drawn, self.last_good)
-        self.requests.took("step", time.monotonic() - self.began)
-        return Agreed(sums if applied else [0.0] * len(sums), applied, said)
 
     def finish(self, step: int, max_steps: int, validate_only: bool = False) -> str:
         """Leave the run's status for whoever started it; how it ended, in words."""
@@ -144,3 +110,46 @@ class Safety:
     def saved(self, tag: Path) -> None:
         self.last_good, self.save = tag, False
         self.requests.clear("SAVE")
+
+
+class StepAgreement:
+    """What the ranks of a run tell each other of every step, and what follows from it.
+
+    Args:
+        supervisor: takes the votes and carries out what was agreed.
+    """
+
+    def __init__(self, supervisor: Safety, guard: Guard, straggler: Straggler) -> None:
+        self.supervisor, self.guard, self.straggler = supervisor, guard, straggler
+        self.world, self.began = supervisor.world, time.monotonic()
+        self.told: Callable[[], torch.Tensor] | None = None  # waits for the step's gather
+
+    def begin(self, step: int, epoch: int, batch: Any, t: torch.Tensor) -> None:
+        """Remember the batch in hand; nothing is computed."""
+        self.began = time.monotonic()
+        self.supervisor.failure.last = Last(step, epoch, batch, t)
+
+    def tell(self, sums: torch.Tensor) -> None:
+        """Collective: send the others this rank's sums (n,) of the step and its votes.
+
+        Before the step's last backward pass, which hides the exchange.
+        """
+        votes = torch.tensor(self.supervisor.requests.votes(), dtype=torch.float64)
+        local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
+        self.told = start_sum_over_ranks(local, self.world)
+
+    def agree(self, drawn: Drawn, applied: bool) -> Agreed:
+        """After the step: what all ranks told; whether to stop or save goes to the supervisor.
+
+        Raises:
+            BadNumbersError: on every rank.
+        """
+        assert self.told is not None, "tell comes first"
+        (*sums, loss, by_signal, by_time, stop_file, save_file), self.told = \
+            self.told().tolist(), None
+        supervisor = self.supervisor
+        supervisor.stop = stop_reason([by_signal, by_time, stop_file])
+        supervisor.save = bool(save_file)
+        said = self.guard.judge(loss / self.world.world_size, applied, drawn, supervisor.last_good)
+        supervisor.requests.took("step", time.monotonic() - self.began)
+        return Agreed(sums if applied else [0.0] * len(sums), applied, said)
