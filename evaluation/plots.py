@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from evaluation.paired import Difference, steps_of
 from evaluation.validation import spread_by_t
 from training.metrics.writer import read_records
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 the backend comes first
 
 COLOURS = ("#1b6ca8", "#d1495b", "#7a7a7a", "#b08900", "#3c8d5a", "#7b5ea7")  # runs A and B first
 REFERENCE = "--"  # the style of a reference
@@ -41,11 +38,10 @@ def load_curves(run_dir: Path, place: int, restarts: list[int], label: str) -> C
     return Curves(label, colour, "-", read_records(run_dir), restarts, run_dir)
 
 
-def svg(figure: Any) -> str:
-    """A figure as an <svg> element, and closed."""
+def svg(figure: Figure) -> str:
+    """A figure as an <svg> element."""
     text = io.StringIO()
     figure.savefig(text, format="svg", bbox_inches="tight")
-    plt.close(figure)
     return text.getvalue()[text.getvalue().index("<svg"):]
 
 
@@ -64,7 +60,8 @@ def plot_tags(
 
     As every plot of runs: "" where none has a value.
     """
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
     styles = ("-", "--", ":", "-.")
     for run in runs:
         for place, (tag, name) in enumerate(tags.items()):
@@ -86,7 +83,8 @@ def plot_tags(
 
 def plot_held_out(runs: Sequence[Curves], modality: str) -> str:
     """Held-out loss over steps, with the band of its standard error."""
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
     for run in runs:
         for suffix, style in (("", "-"), ("_ema", "--")):
             steps, values = run.points(f"validation/loss_{modality}{suffix}")
@@ -104,7 +102,8 @@ def plot_held_out(runs: Sequence[Curves], modality: str) -> str:
 
 def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
     """The first and the last held-out loss at each t, with its standard error."""
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
     for run in runs:
         prefix = f"validation_t/{modality}/"
         found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
@@ -122,7 +121,8 @@ def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
 
 def plot_attention(run: Curves) -> str:
     """The first and the last attention mass between the modalities per joint layer."""
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
     for place, way in enumerate(("audio_to_video", "video_to_audio")):
         prefix = f"health/attention_{way}/layer"
         found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
@@ -136,7 +136,8 @@ def plot_attention(run: Curves) -> str:
 
 def plot_difference(found: Mapping[str, Mapping[int, Difference]]) -> str:
     """Paired difference of the video's held-out loss: kind of weights -> step -> mean over t."""
-    figure, axes = plt.subplots(figsize=SIZE)
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
     for (weights, by_step), style in zip(found.items(), ("o-", "o--"), strict=False):
         means = [difference.mean for difference in by_step.values()]
         reach = [[d.mean - d.low for d in by_step.values()],
@@ -151,9 +152,8 @@ def shared_steps(run_a: Path, run_b: Path) -> list[int]:
     return sorted(set(steps_of(run_a)) & set(steps_of(run_b)))
 
 
-def _finish(figure: Any, axes: Any, title: str, x_label: str, log: bool) -> str:
+def _finish(figure: Figure, axes: Any, title: str, x_label: str, log: bool) -> str:
     if not axes.lines:
-        plt.close(figure)
         return ""
     if log and any(line.get_ydata().size and np.min(line.get_ydata()) > 0 for line in axes.lines):
         axes.set_yscale("log")

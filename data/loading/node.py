@@ -44,9 +44,14 @@ def _of_others(tracked: Callable[[str, str], None]) -> Callable[[str, str], None
     return track
 
 
-# When imported: a loader's worker attaches while it unpickles its data set.
-resource_tracker.register = _of_others(resource_tracker.register)  # type: ignore[assignment]
-resource_tracker.unregister = _of_others(resource_tracker.unregister)  # type: ignore[assignment]
+@functools.cache  # once in a process
+def leave_to_the_job() -> None:
+    """Keep this process's resource tracker out of the job's shared memory.
+
+    To be called before any of it is created, or attached to by a worker.
+    """
+    resource_tracker.register = _of_others(resource_tracker.register)  # type: ignore[assignment]
+    resource_tracker.unregister = _of_others(resource_tracker.unregister)  # type: ignore[assignment]
 
 
 @functools.cache
@@ -81,6 +86,7 @@ def own_shared_memory() -> Iterator[None]:
 
     With the job's first, streaming would look at every number before its own and keep them open.
     """
+    leave_to_the_job()
     first, original = job_number() * 10**DIGITS + next(_opened), streaming_prefix._each_prefix_int
     streaming_prefix._each_prefix_int = lambda: itertools.count(first)
     try:

@@ -22,7 +22,7 @@ from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
 from data.loading.cached_stream import open_stream
-from data.loading.node import own_shared_memory
+from data.loading.node import leave_to_the_job, own_shared_memory
 from data.loading.order import Order, Source, choose_per_epoch, locate
 from data.loading.sources import DataConfig, Opened, buckets
 from data.schema import HASH, UNREADABLE, DataError, sample_fault
@@ -30,6 +30,11 @@ from data.schema import HASH, UNREADABLE, DataError, sample_fault
 
 class BadSampleError(DataError):
     """One stored sample that cannot be trained on; its shard is what was written."""
+
+
+def _begin_in_worker(cls: type["ShardDataset"]) -> "ShardDataset":
+    leave_to_the_job()
+    return cls.__new__(cls)
 
 
 class ShardDataset(StreamingDataset):
@@ -90,6 +95,11 @@ class ShardDataset(StreamingDataset):
             tuple(sources), global_batch_size, seed, self.config.shuffle,
             self.config.num_canonical_nodes, self.config.shuffle_block,
         )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For a worker, which attaches to shared memory while it unpickles the state below."""
+        _, arguments, *state = super().__reduce_ex__(protocol)
+        return _begin_in_worker, arguments, *state
 
     def __len__(self) -> int:
         """Samples per rank and epoch."""
