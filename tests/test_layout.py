@@ -35,6 +35,14 @@ ALLOWED = {
     "diffusers": (*ENCODERS, "model/sampling.py", "playground/backbones/"),
     "transformers": (*ENCODERS, "data/captions/", "playground/backbones/"),
 }
+# DeepSpeed's private names: where a ZeRO stage keeps weights, moments and gradients.
+ZERO_STATE = "training/zero_state.py"
+PRIVATE = {
+    "BF16_Optimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "_hp_mapping",
+    "averaged_gradients", "bf16_groups", "bit16_groups", "ds_numel", "ds_tensor", "fp16_groups",
+    "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition",
+    "fp32_partitioned_groups_flat", "partition_numel", "single_partition_of_fp32_groups",
+}
 # The model is a function of its inputs: only these read or write files.
 MODEL_FILES = (
     "model/weights/load.py",  # released weights in and out
@@ -107,6 +115,75 @@ def test_floors(name):
     for library, places in ALLOWED.items():
         if library in tops:
             assert name.startswith(places), f"{library} is imported in {name}"
+
+
+def stored_attributes(tree: ast.AST) -> set[str]:
+    """Every x of a `self.x` that is given a value."""
+    return {node.attr for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name) and node.value.id == "self"}
+
+
+def late_attributes(tree: ast.Module) -> set[str]:
+    """CLASS.x of all that an object does not have when it is constructed."""
+    found = set()
+    for owner in ast.walk(tree):
+        if isinstance(owner, ast.ClassDef):
+            methods = [part for part in owner.body if isinstance(part, ast.FunctionDef)]
+            built = {node.id for part in owner.body if not isinstance(part, ast.FunctionDef)
+                     for node in ast.walk(part) if isinstance(node, ast.Name)}
+            for method in methods:
+                if method.name in ("__init__", "__post_init__"):
+                    built |= stored_attributes(method)
+            found |= {f"{owner.name}.{name}" for method in methods
+                      for name in stored_attributes(method) - built}
+    return found
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_objects_are_complete_when_they_are_constructed(name):
+    assert not late_attributes(PRODUCT[name])
+
+
+def test_late_attributes_are_recognised():
+    text = "class A:\n b: int = 1\n def __init__(self):\n  self.c = 1\n def f(self):\n  {}"
+    for line, late in (("self.b = self.c = 2", set()), ("self.d, e = 1, 2", {"A.d"}),
+                       ("with x as self.d: pass", {"A.d"}), ("self.c.d = 1", set())):
+        assert late_attributes(ast.parse(text.format(line))) == late, line
+
+
+# A constructor of our own YAML loader.
+DONE_ON_IMPORT = {"_StrictLoader.add_constructor"}
+
+
+def import_effects(tree: ast.Module) -> list[str]:
+    """What a module does to others when it is imported: calls for their effect, patched names."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            found.append(ast.unparse(node.value.func))
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
+            targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+            found += [ast.unparse(one) for one in targets
+                      if isinstance(one, ast.Attribute | ast.Subscript)]
+    return [name for name in found if name not in DONE_ON_IMPORT]
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_an_import_changes_nothing(name):
+    assert not import_effects(PRODUCT[name])
+
+
+@pytest.mark.parametrize("line", ["matplotlib.use('Agg')", "os.environ['A'] = 'b'", "a.b = c",
+                                  "del a.b", "setattr(a, 'b', c)"])
+def test_effects_of_an_import_are_recognised(line):
+    assert import_effects(ast.parse(line))
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_one_file_knows_deepspeeds_layout(name):
+    used = names_used(PRODUCT[name]) & PRIVATE
+    assert (used == PRIVATE - {"ds_tensor"}) if name == ZERO_STATE else not used, f"{name}: {used}"
 
 
 def test_light_modules_stay_light():
