@@ -46,7 +46,7 @@ def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("watching")
     write_wan(root / "wan")
     write_tangoflux(root / "tangoflux")
-    write_shards(root / "shards", train=20, validation=5, silent=4)
+    write_shards(root / "shards", train=20, validation=3, silent=3)
     for stage in (2, 3):
         (root / f"zero{stage}.json").write_text(json.dumps({
             "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}))
@@ -61,7 +61,7 @@ warmup_steps: 3
 global_batch_size: 4
 max_steps: {STEPS}
 ema_decay: 0.9
-samples: {{count: 3, num_steps: 2}}
+samples: {{count: 2, num_steps: 2}}
 peak_tflops: 0.1
 self_check: false
 keep_checkpoints: 9
@@ -213,7 +213,7 @@ def test_a_stop_at_a_sampling_step_leaves_its_samples_to_the_next_start(runs):
 @pytest.mark.slow
 def test_held_out_losses_are_bit_equal_on_any_ranks(runs):
     assert read_rows(runs / "one", 0) == read_rows(runs / "two", 0)
-    assert len(read_rows(runs / "one", 0)) == 5
+    assert len(read_rows(runs / "one", 0)) == 3
     silent = [row for row in read_rows(runs / "one", 0).values() if row["audio"] is None]
     assert len(silent) == 1
 
@@ -237,7 +237,7 @@ def test_held_out_scalars_follow_from_the_file(runs):
 @pytest.mark.slow
 def test_samples_are_drawn_by_all_ranks_and_reach_tensorboard(runs):
     names = ["00_validation000", "00_validation000_guidance1", "00_validation000_no_sound",
-             "01_validation001", "02_validation002"]
+             "01_validation001"]
     for step in (0, STEPS):
         folder = runs / "two" / "samples" / f"step{step:08d}"
         files = {path.name for path in folder.iterdir()}

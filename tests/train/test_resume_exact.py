@@ -92,7 +92,7 @@ def assert_equal_bits(left: Path, right: Path, validations: int) -> None:
         "weight", "exp_avg", "exp_avg_sq", "ema"}
 
 
-@pytest.mark.slow
+@pytest.mark.faults(seconds=60)
 def test_cut_and_resumed_is_the_same_run(world):
     """Cut within an epoch and at its end, with other loader workers; and moved to one rank and to
     another ZeRO stage."""
