@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from data.loading.loader import HeldOut, build_loader
 from data.loading.sources import DataConfig
 from data.schema import DataError
 from tests.support.inputs.prepared import write_shards
+from tests.support.launch import ROOT, environment
 
 JOBS = 4
 
@@ -100,6 +103,24 @@ def test_leftovers_of_a_killed_job_go_and_those_of_a_live_one_stay(context, shar
     assert results[1].get(timeout=120)[1] == number_of[alive.pid]  # it can still read
     alive.join(120)
     assert alive.exitcode == 0
+
+
+READS = """
+import sys
+from data.loading.loader import DataConfig, build_loader
+loader = build_loader(DataConfig(sys.argv[1], num_workers=1), 4, 0, 1, 3)
+print(next(loader)[1].sample_ids)
+loader.close()
+"""
+
+
+@pytest.mark.faults
+def test_pythons_resource_tracker_has_no_part_in_it(shards):
+    """It would free at a rank's end, or at a worker's, what others read, and complain of it."""
+    # Not a fork: the pipe is read to its end, which is the tracker's, after the process.
+    done = subprocess.run([sys.executable, "-c", READS, str(shards)], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, check=True)
+    assert "train" in done.stdout and not done.stderr
 
 
 def test_a_cache_folder_belongs_to_one_run(tmp_path):
