@@ -1,1 +1,4 @@
-"""What every floor stands on: settings, ranks, strict dataclasses. Imports nothing of ours."""
+"""What every floor stands on: settings, strict dataclasses, files, git, durations, ranks.
+
+Imports nothing of ours.
+"""

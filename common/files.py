@@ -69,19 +69,20 @@ def json_line(record: Mapping[str, Any]) -> str:
 def read_lines(
     path: Path, skip_damaged: bool = False, whole: bool = False
 ) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none where it is missing.
+    """Records of a JSON-lines file; none where there is no such file yet.
 
     A torn last line is left out: a kill cut it, or another process is writing it.
 
     Args:
         skip_damaged: any other line that is not a JSON object is left out, with a warning.
-        whole: the file was written by `write_lines`; a torn last line is damage there.
+        whole: the file was written by `write_lines`: it must exist, and a torn last line is damage.
 
     Raises:
         ValueError: for such a line otherwise, by file and number.
+        FileNotFoundError: under ``whole``.
     """
     found = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = path.read_bytes().split(b"\n") if whole or path.is_file() else [b""]
     for number, line in enumerate(lines, start=1):
         record = _json_object(line)
         if record is not None:
@@ -111,24 +112,27 @@ def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def mend_last_line(path: Path) -> None:
     """Take off a last line that a kill has torn, or end it: the next would be glued to it."""
-    data = path.read_bytes() if path.exists() else b""
-    begin = data.rfind(b"\n") + 1
-    if begin == len(data):
+    if not path.is_file() or not path.stat().st_size:
         return
     with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        data = file.read()
+        begin = data.rfind(b"\n") + 1
         if _json_object(data[begin:]) is None:
             file.truncate(begin)
         else:
-            file.seek(0, os.SEEK_END)
             file.write(b"\n")
 
 
 def keep_lines_before(path: Path, first_step: int) -> None:
     """Drop a JSON-lines file's records from `first_step` on: a resumed run writes them again.
 
-    Lines that are not records with a step go, too, with a warning.
+    Records without a step go, too, and, with a warning, what is not a JSON object.
     """
-    if path.exists():
+    if path.is_file():
         records = read_lines(path, skip_damaged=True)
         write_lines(path, [record for record in records
                            if isinstance(record.get("step"), int) and record["step"] < first_step])

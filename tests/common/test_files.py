@@ -72,6 +72,30 @@ def test_a_damaged_line_is_named_or_left_out(tmp_path, damaged, capsys):
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
+def test_a_growing_file_may_be_missing_one_that_was_written_whole_may_not(tmp_path):
+    assert read_lines(tmp_path / "x.jsonl") == []
+    with pytest.raises(FileNotFoundError):
+        read_lines(tmp_path / "x.jsonl", whole=True)
+
+
+def test_what_is_not_a_file_holds_no_lines(tmp_path):
+    """A folder in its place, and a device that never ends."""
+    (tmp_path / "device").symlink_to("/dev/full")
+    for path in (tmp_path, tmp_path / "device"):
+        assert read_lines(path) == []
+        mend_last_line(path)
+        keep_lines_before(path, 3)
+
+
+def test_a_whole_last_line_costs_no_reading(tmp_path, monkeypatch):
+    """An append looks at the last byte: a ledger may be long."""
+    path = tmp_path / "x.jsonl"
+    append_lines(path, [{"step": 1}])
+    monkeypatch.setattr(files, "_json_object", lambda line: pytest.fail("read again"))
+    append_lines(path, [{"step": 2}])
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 @pytest.mark.parametrize("torn", [one for one in DAMAGED if one])
 def test_a_torn_last_line_is_left_out_and_mended(tmp_path, torn, capsys):
     path = tmp_path / "x.jsonl"

@@ -145,8 +145,7 @@ class StepAgreement:
             BadNumbersError: on every rank.
         """
         assert self.told is not None, "tell comes first"
-        (*sums, loss, by_signal, by_time, stop_file, save_file), self.told = \
-            self.told().tolist(), None
+        *sums, loss, by_signal, by_time, stop_file, save_file = self.told().tolist()
         supervisor = self.supervisor
         supervisor.stop = stop_reason([by_signal, by_time, stop_file])
         supervisor.save = bool(save_file)
