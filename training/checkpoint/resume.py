@@ -78,7 +78,9 @@ def changes(saved: dict, now: dict) -> list[str]:
     Raises:
         CheckpointError: for a key that must not change.
     """
-    old, new = flatten({key: saved.get(key) for key in now}), flatten(now)
+    # An empty section has no value of its own to change.
+    old, new = ({key: value for key, value in flatten(values).items() if value != {}}
+                for values in ({key: saved.get(key) for key in now}, now))
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)

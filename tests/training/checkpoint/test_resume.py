@@ -76,6 +76,13 @@ def test_named_with_both_values(key, value, line):
     assert said.startswith(line)
 
 
+def test_an_empty_section_that_is_filled_is_one_change():
+    saved, now = described(), described()
+    saved["deepspeed"]["monitor"], now["deepspeed"]["monitor"] = {}, {"enabled": True}
+    assert changes(saved, now) == ["deepspeed.monitor.enabled: was None, is True"]
+    assert not changes(saved, described())
+
+
 def test_another_version_of_a_package_is_named():
     saved = described()
     saved["versions"]["torch"] = "1.0"
