@@ -16,8 +16,8 @@ STEPS = 6
 def test_mixed_streams_train_alike_on_any_ranks(tmp_path):
     write_wan(tmp_path / "wan")
     write_tangoflux(tmp_path / "tangoflux")
-    write_shards(tmp_path / "short", 18, 3, silent=2, seed=1, prefix="short-")
-    write_shards(tmp_path / "long", 10, 3, silent=3, seed=2, prefix="long-", **LONG)
+    write_shards(tmp_path / "short", 18, 2, silent=2, seed=1, prefix="short-")
+    write_shards(tmp_path / "long", 10, 2, silent=3, seed=2, prefix="long-", **LONG)
     (tmp_path / "run.yaml").write_text(f"""
 run_dir: {tmp_path}/default
 wan: {tmp_path}/wan
