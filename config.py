@@ -19,7 +19,7 @@ from model.flow import FlowConfig
 from model.weights.load import check_weights, config_from_files
 from training.checkpoint.contents import MANIFEST, read_manifest
 from training.checkpoint.resume import check_resume, describe_run
-from training.checkpoint.retention import Found, complete_tags
+from training.checkpoint.retention import Found, complete_tags, find_checkpoint
 from training.checkpoint.run_dir import CheckpointError
 from training.ds_config import FP32_GRADIENTS, QUIET, complete_ds_config, read_ds_config
 from training.engine import OptimizerConfig
@@ -31,6 +31,10 @@ DERIVED = {
     "train_batch_size": "global_batch_size",
     "gradient_clipping": "gradient_clipping",
 }
+
+
+# A checkpoint that is older than a key of the model was trained with its default.
+MODEL_DEFAULTS = dataclasses.asdict(AVFullDiTConfig())
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Plan(NamedTuple):
     streams: list[Opened]  # what the model is built from is the same in all of them
     model: AVFullDiTConfig
     deepspeed: dict[str, Any]
+    about: dict[str, Any]  # what a checkpoint says of its run, and what a resume is held against
     notes: list[str]
 
 
@@ -132,13 +137,21 @@ def build_plan(config: RunConfig, world: World) -> Plan:
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return Plan(streams, model, ds_config, notes)
+    about = describe_run(dataclasses.asdict(config), ds_config, dataclasses.asdict(model),
+                         {stream.label: stream.version for stream in streams})
+    return Plan(streams, model, ds_config, about, notes)
 
 
-def about_run(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """What a checkpoint says of its run, and what a resume is held against."""
-    return describe_run(dataclasses.asdict(config), plan.deepspeed, dataclasses.asdict(plan.model),
-                        {stream.label: stream.version for stream in plan.streams})
+def find_resume(config: RunConfig, plan: Plan, world: World) -> tuple[Found | None, list[str]]:
+    """The checkpoint that a start goes on from, and what there is to say of it; a collective.
+
+    Raises:
+        CheckpointError: the run has changed in what must stay, or no checkpoint is whole.
+    """
+    found = find_checkpoint(Path(config.run_dir), world)
+    if found is None:
+        return None, []
+    return found, check_resume(found, plan.about, MODEL_DEFAULTS)
 
 
 def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
@@ -157,8 +170,20 @@ def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
                                   "move them away to start afresh")
         return [f"{run_dir}: no checkpoint; a start begins from the pretrained backbones"]
     found = Found(tags[-1], read_manifest(tags[-1]), {}, {})
-    changed = check_resume(found, about_run(config, plan), dataclasses.asdict(AVFullDiTConfig()))
+    changed = check_resume(found, plan.about, MODEL_DEFAULTS)
     return [f"a start resumes {found.tag}", *changed]
+
+
+def check(config: RunConfig, world: World, arguments: list[str]) -> int:
+    """check=true and check=weights: a report and the exit status; starts nothing.
+
+    Raises:
+        ExpectedError: what a start would be refused for.
+    """
+    if config.check == "weights":
+        return report_weights(config)
+    report(config, build_plan(config, world), arguments)
+    return 0
 
 
 def report(config: RunConfig, plan: Plan, arguments: list[str]) -> None:

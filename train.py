@@ -15,52 +15,29 @@ import faulthandler
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.ranks import World, WorldError, broadcast_object, resolve_world
-from common.settings import ConfigError, load_config
-from config import Plan, RunConfig, about_run, build_plan, report, report_weights
-from data.loading.loader import HeldOut, build_loader
-from data.schema import DataError
-from evaluation.evaluator import Bench
-from model import AVFullDiT, AVFullDiTConfig
-from model.flops import peak_tflops, training_work
+from common import ranks, settings
+from common.errors import ExpectedError
+from config import Plan, RunConfig, build_plan, check, find_resume
+from data.loading.loader import ValidationSet, build_loader
+from evaluation.evaluator import Evaluator
+from evaluation.run_log import RunLog
+from model import AVFullDiT
 from model.objective import Batch, Objective
-from model.weights.load import (
-    PretrainedError,
-    load_pretrained,
-    new_parameter_names,
-    weight_fingerprints,
-)
-from model.weights.names import part_of
-from model.weights.selfcheck import check_stitch, describe
+from model.weights.load import load_pretrained, new_parameter_names
+from training import distributed
 from training import engine as ds
-from training.checkpoint.resume import check_resume
-from training.checkpoint.retention import Retention, find_checkpoint
-from training.checkpoint.run_dir import CheckpointError, SaveError
-from training.checkpoint.run_lock import lock_run
-from training.checkpoint.save_load import load_checkpoint, save_checkpoint
-from training.distributed import leave, shutdown, start
+from training.checkpoint import save_load
 from training.ema import EMA
-from training.guards.bad_numbers import EXIT_CODE as BAD_NUMBERS
-from training.guards.bad_numbers import BadNumbersError, Drawn, Guard
-from training.guards.straggler import Straggler
-from training.guards.supervisor import Agreed, Safety, StepAgreement
-from training.metrics.accumulator import Scale, Watch
-from training.metrics.console import budget, rank_log, summary
-from training.metrics.norms import Health, group_places
-from training.metrics.start_record import write_start
-from training.metrics.writer import Clock, MetricWriter
+from training.guards.supervisor import StepAgreement, Supervisor, supervised
+from training.schedule import Schedule
 
-# One line says it all, the same on every rank: no traceback, no folder of failures.
-EXPECTED = (ConfigError, WorldError, DataError, CheckpointError, PretrainedError, BadNumbersError)
 EXIT_SECONDS = 120
 SPEAKER_SECONDS = 20.0  # by which the slowest rank of a node has found the same error
-BUDGET_AGAIN = 20  # steps after a start at least: then there are times to reckon with
 
 
 def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
@@ -78,13 +55,18 @@ def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
 
 def train_step(
     engine: Any, step: int, batch: Batch, epoch: int, objective: Objective,
-    empty: dict[str, torch.Tensor], agreement: StepAgreement, watch: Watch,
+    empty: dict[str, torch.Tensor], agreement: StepAgreement, accumulator: Any,
     cross_modal_bias: float = 0.0, logged: bool = False,
-) -> Agreed:
+) -> Any:
     """Update number `step` from this rank's share of the global batch.
 
-    Returns: over all ranks, what `watch` has summed of the step.
+    Args:
+        empty: the encoded "" of both text encoders, for the captions that are dropped.
+        logged: whether the gradients' norms are read.
+
+    Returns: what all ranks agreed on, with the sums that `accumulator` has taken of the step.
     """
+    # What is random of a sample is a function of (seed, epoch, sample id), on whatever rank.
     batch = objective.drop_captions(batch, epoch, empty)
     t = objective.draw_t(batch.sample_ids, epoch)
     agreement.begin(step, epoch, batch, t)
@@ -100,186 +82,118 @@ def train_step(
         loss = objective.total(video.mean(), (audio * weight[part]).mean())
         last = begin + micro >= len(batch.sample_ids)
         screened = agreement.guard.screen(loss, last)
-        watch.losses(t[part], video, audio, noised.has_audio)
+        accumulator.losses(t[part], video, audio, noised.has_audio)
         losses.append(torch.stack([video.detach(), audio.detach()], dim=1))
+        # The exchange between the ranks travels during the last backward pass, which hides it.
         if last:
-            agreement.tell(watch.take_sums())
+            agreement.tell(accumulator.take_sums())
         engine.backward(screened)
         if last:
-            watch.before_update(logged)
+            accumulator.before_update(logged)
         engine.step()
-    drawn = Drawn(step, epoch, batch.sample_ids, t, torch.cat(losses))
-    return agreement.agree(drawn, engine.was_step_applied())
+    return agreement.agree(torch.cat(losses), engine.was_step_applied())
 
 
-def rate_factor(step: int, config: RunConfig) -> float:
-    """Learning-rate factor of the update that leads to step + 1."""
-    left = (config.max_steps - step) / max(config.decay_steps, 1)
-    return min(1.0, (step + 1) / max(config.warmup_steps, 1), left)
-
-
-def run(config: RunConfig, plan: Plan, world: World) -> None:
+def run(config: RunConfig, plan: Plan, world: ranks.World) -> None:
     """One start of the run, with its guards around it."""
-    lock = lock_run(Path(config.run_dir), world)
-    with rank_log(Path(config.run_dir), world), \
-            Safety(dataclasses.asdict(config), config.watchdog, world, EXPECTED) as safety:
-        train(config, plan, world, safety)
-    if lock:
-        lock.close()
+    with supervised(dataclasses.asdict(config), config.watchdog, world) as supervisor:
+        train(config, plan, world, supervisor)
 
 
-def train(config: RunConfig, plan: Plan, world: World, safety: Safety) -> None:
-    """Build, resume, then go through the steps; maintenance comes before the step."""
+def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervisor) -> None:
+    """Build, resume, then go through the steps."""
     run_dir = Path(config.run_dir)
-    about = about_run(config, plan)
-    found, notes = find_checkpoint(run_dir, world), plan.notes
-    if found:
-        notes = notes + check_resume(found, about, dataclasses.asdict(AVFullDiTConfig()))
-    fresh, first = found is None, found.manifest.step if found else 0
-    model = build_model(config, plan, fresh)
-    size = ds.describe_size(model, new_parameter_names(model))
+
+    # Find the checkpoint to go on from. A run that has changed in what must stay ends here.
+    found, changes = find_resume(config, plan, world)
+    first, kept = (found.manifest.step, found.manifest.run) if found else (0, {})
+    # Records from this step on are made again; validate_only makes none and drops none.
+    rewrite_from = None if config.validate_only else first + 1 if first else 0
+
+    # The model is born as the ZeRO stage keeps it; the backbones fill it, or the checkpoint does.
+    model = build_model(config, plan, fresh=found is None)
     engine, rates = ds.build_engine(
-        model, new_parameter_names(model), config.optimizer, plan.deepspeed
-    )
+        model, new_parameter_names(model), config.optimizer, plan.deepspeed)
     try:
         model.attend.resolve(engine.device, next(engine.parameters()).dtype)
     except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+        raise settings.ConfigError(str(error)) from error
     ema = EMA(engine, config.ema_decay) if config.ema_decay else None
     if found:
-        load_checkpoint(engine, found, world, ema)
-        safety.last_good = found.tag
-    judged = found.manifest.run.get("guard") if found else None
-    resumed_at = None if config.validate_only else first + 1 if first else 0
+        save_load.load_checkpoint(engine, found, world, ema)
+        supervisor.last_good = found.tag
+
+    # What the ranks tell each other of a step, and the batches of every step from `first` on.
     agreement = StepAgreement(
-        safety, Guard(config.guard, run_dir, world, resumed_at, judged),
-        Straggler(world, engine.device),
-    )
-    ledger = None if config.validate_only or not world.is_main else run_dir / "substitutions.jsonl"
+        supervisor, config.guard, rewrite_from, kept.get("guard"), engine.device)
+    ledger = run_dir / "substitutions.jsonl" if world.is_main and not config.validate_only else None
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
-        ledger, agreement.straggler.waited,
-    )
-    held_out, empty = HeldOut(config.data, ledger), plan.streams[0].text_states
-    objective = Objective(config.task, config.seed, config.flow)
-    bench = Bench(engine, held_out, objective, ema, config, world, safety)
-    watch = build_watch(engine, config, plan, world, found.manifest.run.get("watch") if found
-                        else None)
-    writer = MetricWriter(run_dir if world.is_main else None, resumed_at, config.max_steps)
-    if resumed_at:
-        bench.renew_gallery()
-    validated, drawn = broadcast_object((writer.validated(first), bench.drawn(first)), world)
-    if world.is_main:
-        device, peak = device_name(engine.device), watch.scale.peak_tflops
-        if resumed_at is not None:  # validate_only makes nothing that a record would tell of
-            card = write_start(
-                run_dir, world, agreement.straggler.hosts, first, seed=config.seed,
-                resumed_from=found and found.tag, data=about["fingerprints"],
-                weights=weight_fingerprints(config.task, config.wan, config.tangoflux),
-                peak={"device": device, "bf16_tflops": peak})
-            resolved = {"run": dataclasses.asdict(config), "deepspeed": plan.deepspeed,
-                        "data": dataclasses.asdict(plan.streams[0].metadata),
-                        "streams": {stream.label: dataclasses.asdict(stream.metadata)
-                                    for stream in plan.streams},
-                        "model": dataclasses.asdict(plan.model)}
-            writer.record(resumed_at, resolved,
-                          {"environment": card, "parameters": ds.count_by(model, part_of)})
-        writer.say(
-            f"{config.task}: {size}; "
-            f"attention {model.attention_kernel}; recompute {config.recompute}\n"
-            f"{ds.describe_batch(plan.deepspeed, world)}\n"
-            + (f"mfu of {peak:g} TFLOP/s, {device}\n" if peak else "")
-            + (f"resuming at step {first}" if first else "starting from the pretrained backbones")
-            + "".join(f"\nnote: {note}" for note in notes)
-        )
-    if fresh and config.self_check:
-        stitched = check_stitch(model, engine, config.wan, config.tangoflux, engine.device)
-        writer.say(f"stitch self-check: deviation from the backbones {describe(stitched)}")
+        ledger, agreement.straggler.waited)
+    objective, empty = Objective(config.task, config.seed, config.flow), plan.streams[0].text_states
 
-    means = (config.max_steps, config.keep_checkpoints, ds.count_parameters(model.parameters()),
-             ema is not None, os.environ)
-    if world.is_main:
-        writer.say(budget(run_dir, first, *means))
-    if first < config.max_steps and not config.validate_only:
-        safety.refuse_too_little_time()
-    step, epoch, clock, began = first, 0, Clock(), Clock()
+    # Who looks at the model, who writes down what is measured, and when either is due.
+    evaluator = Evaluator(
+        engine, ValidationSet(config.data, ledger), objective, ema, config, world, supervisor)
+    log = RunLog(engine, config, plan, agreement, rewrite_from, kept.get("watch"))
+    if rewrite_from:
+        evaluator.renew_gallery()
+    due = Schedule.of(config, first, *evaluator.done_at(first, log.writer))
+    log.begin(due, found, plan.notes + changes)
+
+    # A fresh model contains both backbones: each alone gives what its original gives.
+    if found is None and config.self_check:
+        log.writer.say(evaluator.check_stitch())
+    log.budget(first)
+    if due.trains():
+        supervisor.refuse_too_little_time()
+    log.restart_clocks()
+
+    step, epoch = first, 0
     while True:
-        done = step >= config.max_steps or config.validate_only or safety.stop is not None
-        last = step == config.max_steps
-        if config.validate_only or config.validate_every and safety.stop is None and (
-            step > first or not validated
-        ) and (step % config.validate_every == 0 or last):
-            with safety.phase("validation"):
-                known = step == first and validated
-                validate = partial(bench.validate, step, not known)
-                held = validate() if config.validate_only else bench.survive(
-                    "validation", step, validate)
-            if held:
-                writer.held_out(step, held, recorded=known)
-        if config.sample_every and safety.stop is None and not config.validate_only and (
-            step > first or not drawn
-        ) and (step % config.sample_every == 0 or last):
-            with safety.phase("sampling"):
-                bench.survive("sampling", step, partial(bench.draw, step, writer))
-        if step > first and (step % config.save_every == 0 or done or safety.save):
+        # Between two steps: validate, sample, save. The first and the last step pass here, too, so
+        # that the final save is no special case.
+        stopping = supervisor.stop is not None
+        done = due.done(step) or stopping
+        if due.validation(step, stopping):
+            with supervisor.section("validation"):
+                evaluator.validate(step, log.writer, due.recorded(step))
+        if due.samples(step, stopping):
+            with supervisor.section("sampling"):
+                evaluator.sample(step, log.writer)
+        if due.checkpoint(step, done or supervisor.save):
             state = {"loader": {"epoch": epoch, "samples_seen": step * config.global_batch_size},
-                     "guard": agreement.guard.state(), "watch": watch.state()}
-            retention = Retention(config.keep_checkpoints, config.keep_every)
-            with safety.phase("checkpoint"):
-                tag = save_checkpoint(engine, run_dir, step, about | state, retention, world, ema)
-            safety.saved(tag)
-            writer.say(f"step {step}/{config.max_steps}  checkpoint {tag}")
+                     "guard": agreement.guard.state(), "watch": log.accumulator.state()}
+            retention = save_load.Retention(config.keep_checkpoints, config.keep_every)
+            with supervisor.section("checkpoint"):
+                tag = save_load.save_checkpoint(
+                    engine, run_dir, step, plan.about | state, retention, world, ema)
+            supervisor.saved(tag)
+            log.checkpoint(step, tag)
         if done:
             break
-        ds.set_learning_rate(engine, rates, rate_factor(step, config))
-        with safety.phase("data"):
+
+        # One update over the global batch, at a learning rate that is a function of the step.
+        ds.set_learning_rate(engine, rates, due.rate_factor(step))
+        with supervisor.section("data"):
             epoch, batch = next(loader)
         bias = config.model.cross_modal_bias(step)
         step += 1
-        logged = step % config.log_every == 0 or step == config.max_steps
-        agreed = train_step(
-            engine, step, batch, epoch, objective, empty, agreement, watch, bias, logged
-        )
-        watch.add(agreed.sums, agreed.applied)
-        if agreed.applied and ema:
+        agreed = train_step(engine, step, batch, epoch, objective, empty, agreement,
+                            log.accumulator, bias, due.record(step))
+        if ema and agreed.applied:
             ema.update()
-        if agreed.said:
-            writer.say(agreed.said)
-        if logged and watch.counted:
-            shares, slowest = agreement.straggler.compare(watch.here)
-            values = watch.record(step, epoch, clock.tick(watch.here, safety.spent), safety.spent)
-            writer.step(step, values | shares, clock, slowest)
-        if world.is_main and logged and 0 <= step - first - BUDGET_AGAIN < config.log_every:
-            writer.say(budget(run_dir, step, *means))
-        if step % config.health_every == 0:
-            with safety.phase("validation"):
-                moved = watch.health_record()
-                inside = bench.survive("looking inside", step, partial(bench.look_inside, step))
-            writer.scalars(step, moved | (inside or {}))
-    ended = safety.finish(step, config.max_steps, config.validate_only)
-    if world.is_main:
-        writer.say(summary(run_dir, ended, began.tick(), f"{config.task}: {size}", safety.spent))
-    writer.close(step, dataclasses.asdict(config))
-    loader.close()  # its processes would keep a job step alive
 
+        # Log what this period measured, and now and then what the model looks like inside.
+        log.step(step, epoch, agreed, due)
+        if due.health(step):
+            with supervisor.section("validation"):
+                log.health(step, evaluator.look_inside(step))
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def build_watch(
-    engine: Any, config: RunConfig, plan: Plan, world: World, state: dict[str, Any] | None
-) -> Watch:
-    """The measurements of the run, going on from a checkpoint's."""
-    new = new_parameter_names(engine.module)
-    places = group_places(engine.module, new, config.optimizer)
-    weights = (config.flow.video_loss_weight, config.flow.audio_loss_weight)
-    device = engine.device
-    scale = Scale(config.global_batch_size, weights[: 2 if config.task == "t2av" else 1],
-                  config.gradient_clipping, world.world_size,
-                  config.peak_tflops or peak_tflops(device_name(device)))
-    return Watch(engine, Health(engine, part_of, places, world), scale,
-                 partial(training_work, plan.model), state)
+    # Leave word for whoever started the run, and end the loader's processes: they would keep a job
+    # step alive.
+    log.end(step, supervisor.finish(step, config.max_steps, config.validate_only))
+    loader.close()
 
 
 def main(arguments: list[str]) -> int:
@@ -291,35 +205,30 @@ def main(arguments: list[str]) -> int:
     if not arguments or "=" in arguments[0]:
         print(__doc__)
         return 78
-    world, started = World(0, 1, 0, 1, "alone"), False
+    world, started = ranks.World(0, 1, 0, 1, "alone"), False
     try:
-        world = resolve_world(os.environ)
-        config = load_config(RunConfig, arguments[0], arguments[1:])
-        if config.check == "weights":
-            return report_weights(config)
-        plan = build_plan(config, world)
+        world = ranks.resolve_world(os.environ)
+        config = settings.load_config(RunConfig, arguments[0], arguments[1:])
         if config.check:
-            report(config, plan, arguments)
-            return 0
-        start(world, config.timeout_minutes)
+            return check(config, world, arguments)
+        plan = build_plan(config, world)
+        distributed.start(world, config.timeout_minutes)
         started = True
         run(config, plan, world)
-    except EXPECTED as error:
+    except ExpectedError as error:
         # What every rank finds is said once per node; what one rank meets later, by that rank. The
         # launcher ends all with the first that leaves, so the others wait for the one that speaks.
         if not started and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SPEAKER_SECONDS)
         where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""
         print(f"error: {where}{error}", file=sys.stderr, flush=True)
-        if isinstance(error, SaveError):
-            return 1  # a disk may be well again: worth another start
-        return BAD_NUMBERS if isinstance(error, BadNumbersError) else 78
+        return error.exit_code
     finally:
         if started:  # a peer that is gone must not keep this rank
             faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
-        shutdown()
+        distributed.shutdown()
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    distributed.leave(main(sys.argv[1:]))

@@ -36,9 +36,8 @@ from playground.backbones.towers import AUDIO, VIDEO
 from training import engine as ds
 from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
-from training.guards.bad_numbers import Guard, GuardConfig
-from training.guards.straggler import Straggler
-from training.guards.supervisor import Agreed, Safety, StepAgreement
+from training.guards.bad_numbers import GuardConfig
+from training.guards.supervisor import Agreed, StepAgreement, Supervisor
 from training.guards.watchdog import WatchdogConfig
 
 LOG_EVERY = 10
@@ -64,7 +63,7 @@ class Without:
     def forward(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager:
+    def section(self, name: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def screen(self, loss: torch.Tensor, last: bool) -> torch.Tensor:
@@ -73,7 +72,7 @@ class Without:
     def tell(self, sums: torch.Tensor) -> None:
         self.sums.append(sums)
 
-    def agree(self, drawn: Any, applied: bool) -> Agreed:
+    def agree(self, losses: Any, applied: bool) -> Agreed:
         if len(self.sums) == LOG_EVERY:
             sum_over_ranks(torch.stack(self.sums).sum(dim=0)).tolist()
             self.sums = []
@@ -135,7 +134,7 @@ def one_step(
 ) -> tuple[float, float]:
     """Seconds of wall time, and of CPU time: on a busy machine the second tells more."""
     began, worked = time.perf_counter(), time.process_time()
-    with agreement.supervisor.phase("data"):
+    with agreement.supervisor.section("data"):
         epoch = step
     train.train_step(engine, step, batch, epoch, objective, {}, agreement, Sums())
     if step % LOG_EVERY == 0 and isinstance(agreement, StepAgreement):
@@ -180,11 +179,11 @@ def main() -> None:
     engine, batch = build(arguments.width, arguments.layers, world)
     objective = Objective("t2v" if arguments.width in REAL else "t2av", 0,
                           FlowConfig(caption_dropout=0.0))
-    with tempfile.TemporaryDirectory() as folder, Safety(
-            {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:
+    with tempfile.TemporaryDirectory() as folder, Supervisor(
+            {"run_dir": folder}, WatchdogConfig(), world) as supervisor:
         Path(folder, "config").mkdir(exist_ok=True)
-        guard = Guard(GuardConfig(max_skips=10**9), Path(folder), world, 0)
-        agreement = StepAgreement(safety, guard, Straggler(world, engine.device))
+        agreement = StepAgreement(
+            supervisor, GuardConfig(max_skips=10**9), 0, None, engine.device)
         modes: dict[str, Any] = {"with": agreement, "without": Without()}
         step = 0
         means: dict[str, list[list[float]]] = {name: [] for name in modes}

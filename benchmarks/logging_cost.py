@@ -36,8 +36,8 @@ from model.weights.names import part_of
 from training import engine as ds
 from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
-from training.metrics.accumulator import Scale, Watch
-from training.metrics.norms import Health, group_places
+from training.metrics.accumulator import Scale, StepAccumulator
+from training.metrics.norms import PartNorms, group_places
 from training.metrics.writer import Clock, MetricWriter
 
 
@@ -79,8 +79,8 @@ def main() -> None:
         | (precision if arguments.dtype == "bf16" else {}), arguments.batch, 1.0, 1)
     new, optimizer = new_parameter_names(model), ds.OptimizerConfig()
     engine, _ = ds.build_engine(model, new, optimizer, ds_config)
-    health = Health(engine, part_of, group_places(engine.module, new, optimizer), world)
-    watch = Watch(engine, health, Scale(arguments.batch, (1.0, 1.0), 1.0, 1, 1.0),
+    norms = PartNorms(engine, part_of, group_places(engine.module, new, optimizer), world)
+    watch = StepAccumulator(engine, norms, Scale(arguments.batch, (1.0, 1.0), 1.0, 1, 1.0),
                   partial(training_work, config), None)
     objective, batch = Objective("t2av", 0, FlowConfig()), inputs(
         arguments.batch, arguments.frames, engine.device)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.errors import ExpectedError
 
-class WorldError(ValueError):
+
+class WorldError(ExpectedError, ValueError):
     """The launcher's environment variables contradict each other or are incomplete."""
 
 

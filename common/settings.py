@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from common.errors import ExpectedError
 from common.strict_config import SAME, nearest
 
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class ConfigError(ExpectedError, ValueError):
     """A configuration that cannot run; the message names key, value, rule and fix."""
 
 

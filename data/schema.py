@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.errors import ExpectedError
 from common.files import json_sha256, write_json
 from model.objective import Batch
 
@@ -40,7 +41,7 @@ UNREADABLE = (ArithmeticError, AssertionError, LookupError, MemoryError, OSError
               TypeError, ValueError)
 
 
-class DataError(ValueError):
+class DataError(ExpectedError, ValueError):
     """Data that cannot be used; the message names key, value, rule and fix in one line."""
 
 

@@ -8,22 +8,24 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from common.ranks import World
+from common.ranks import World, broadcast_object
 from config import RunConfig
-from data.loading.loader import HeldOut
+from data.loading.loader import ValidationSet
 from data.schema import DataError
 from evaluation.gallery import CAPTIONS, write_gallery
 from evaluation.gauges import Gauges
 from evaluation.validation import Losses, Row, look_inside, measure, summarise, write_rows
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Batch, Noised, Objective
+from model.weights.selfcheck import check_stitch, describe
 from training.ema import EMA
 from training.guards.optional import AttemptError
-from training.guards.supervisor import Safety
+from training.guards.supervisor import Supervisor
 from training.metrics.writer import MetricWriter
 
 T = TypeVar("T")
@@ -39,16 +41,16 @@ def told_alone(what: str) -> Iterator[None]:
         print(f"warning: {what} are not kept: {error}", file=sys.stderr, flush=True)
 
 
-class Bench(NamedTuple):
+class Evaluator(NamedTuple):
     """What looks at the model between steps: held-out losses, gauges, samples."""
 
     engine: Any
-    held_out: HeldOut
+    held_out: ValidationSet
     objective: Objective
     ema: EMA | None
     config: RunConfig
     world: World
-    safety: Safety
+    supervisor: Supervisor
 
     def shares(self, samples: int | None, step: int) -> Iterator[tuple[Batch, torch.Tensor]]:
         micro = self.engine.train_micro_batch_size_per_gpu()
@@ -64,13 +66,35 @@ class Bench(NamedTuple):
         video, audio = self.objective.losses(self.engine, noised)
         return video, audio, noised.has_audio
 
-    def validate(self, step: int, keep: bool = True) -> dict[str, float]:
+    def check_stitch(self) -> str:
+        """How far the model is from the backbones that a fresh one contains, in words.
+
+        Raises:
+            StitchError: too far.
+        """
+        config = self.config
+        found = check_stitch(
+            self.engine.module, self.engine, config.wan, config.tangoflux, self.engine.device)
+        return f"stitch self-check: deviation from the backbones {describe(found)}"
+
+    def validate(self, step: int, writer: MetricWriter, recorded: bool) -> None:
+        """Held-out losses onto the console and, unless they are ``recorded``, into the run's files.
+
+        A failure ends a run that does nothing else, and only that.
+        """
+        measure = partial(self.losses, step, not recorded)
+        values = measure() if self.config.validate_only else self.survive(
+            "validation", step, measure)
+        if values:
+            writer.held_out(step, values, recorded)
+
+    def losses(self, step: int, keep: bool = True) -> dict[str, float]:
         """Held-out losses of the weights and of their average; `keep`: into RUN/validation, too."""
         def rows() -> list[Row]:
             shares = self.shares(self.config.validation_samples, step)
             return measure(self.engine, shares, self.losses_at, VALIDATION_T,
                            self.config.task == "t2av", self.world,
-                           lambda: self.safety.watchdog.enter("validation"))
+                           lambda: self.supervisor.watchdog.enter("validation"))
 
         found = {"raw": rows()}
         values = summarise(found["raw"], VALIDATION_T)
@@ -84,16 +108,24 @@ class Bench(NamedTuple):
         return values
 
     def look_inside(self, step: int) -> dict[str, float]:
-        """Attention between the modalities and activations, on a few held-out samples."""
+        """Attention between the modalities and activations, on a few held-out samples.
+
+        Empty where it failed.
+        """
         bias = self.config.model.cross_modal_bias(step)
-        return look_inside(
+        look = partial(
+            look_inside,
             self.engine, Gauges(self.engine.module), self.shares(GAUGED_SAMPLES, step),
             lambda batch: self.objective.losses(self.engine, self.noised(batch, 0.5), bias),
             self.world,
         )
+        return self.survive("looking inside", step, look) or {}
 
-    def draw(self, step: int, writer: MetricWriter) -> None:
-        """Samples into RUN/samples and TensorBoard."""
+    def sample(self, step: int, writer: MetricWriter) -> None:
+        """Samples into RUN/samples and TensorBoard; a failure does not end the run."""
+        self.survive("sampling", step, partial(self._draw, step, writer))
+
+    def _draw(self, step: int, writer: MetricWriter) -> None:
         from evaluation.samples import (  # diffusers: slow to import
             Preview,
             draw_previews,
@@ -107,7 +139,7 @@ class Bench(NamedTuple):
             first.text_states, config.flow, config.seed, **dataclasses.asdict(config.samples),
         )
         folder = draw_previews(preview, self.engine, step, self.world,
-                               lambda: self.safety.watchdog.enter("sampling"))
+                               lambda: self.supervisor.watchdog.enter("sampling"))
         if folder:
             with told_alone(f"samples of step {step} in TensorBoard"):
                 log_previews(folder, step, writer.events, first.metadata.sample_rate)
@@ -120,8 +152,14 @@ class Bench(NamedTuple):
             with told_alone("the samples' page"):
                 write_gallery(samples, samples.parent.name)
 
-    def drawn(self, step: int) -> bool:
-        """Whether a step's samples are there; a stop at that very step leaves them to the next."""
+    def done_at(self, step: int, writer: MetricWriter) -> tuple[bool, bool]:
+        """Whether an earlier start has validated and sampled at a step; a collective.
+
+        A stop at that very step leaves both to the next start.
+        """
+        return broadcast_object((writer.validated(step), self.has_samples(step)), self.world)
+
+    def has_samples(self, step: int) -> bool:
         return (Path(self.config.run_dir) / "samples" / f"step{step:08d}" / CAPTIONS).is_file()
 
     def survive(self, what: str, step: int, action: Callable[[], T]) -> T | None:

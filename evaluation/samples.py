@@ -19,7 +19,7 @@ import torch
 
 from common.files import write_json
 from common.ranks import World
-from data.loading.loader import HeldOut
+from data.loading.loader import ValidationSet
 from evaluation.gallery import CAPTIONS, write_gallery
 from evaluation.render import Decoders, write_files, write_gif, write_wav
 from model.flow import FlowConfig, keyed_normal, shifted_audio_t
@@ -39,7 +39,7 @@ class Preview:
     """
 
     run_dir: Path
-    held_out: HeldOut
+    held_out: ValidationSet
     wan: str
     tangoflux: str | None
     text_states: dict[str, torch.Tensor]

@@ -26,7 +26,7 @@ FLOORS = {
               "cluster"},
 }
 # A trained model loads with torch and safetensors alone.
-LIGHT = {"common.files", "common.strict_config"}
+LIGHT = {"common.errors", "common.files", "common.strict_config"}
 # Where a heavy library may be imported; everything else stays free of it.
 ENCODERS = ("model/encoders.py", "model/weights/encoder_headers.py")
 ALLOWED = {

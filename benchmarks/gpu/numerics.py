@@ -42,11 +42,10 @@ from training.checkpoint.save_load import load_checkpoint, save_checkpoint
 from training.distributed import leave, shutdown, start
 from training.ds_config import complete_ds_config, read_ds_config
 from training.ema import EMA
-from training.guards.bad_numbers import Guard, GuardConfig
-from training.guards.straggler import Straggler
-from training.guards.supervisor import Safety, StepAgreement
+from training.guards.bad_numbers import GuardConfig
+from training.guards.supervisor import StepAgreement, Supervisor
 from training.guards.watchdog import WatchdogConfig
-from training.metrics.norms import Health, group_places
+from training.metrics.norms import PartNorms, group_places
 
 VARIANTS: dict[str, tuple[AVFullDiTConfig, dict[str, Any]]] = {
     "default": (SMALL, {}),
@@ -163,10 +162,9 @@ class Life:
 def life(stage: int, device: torch.device) -> dict[str, Any]:
     """Four steps against two, a checkpoint, a new engine and two more; then what looks at it."""
     world = World(0, 1, 0, 1, "alone")
-    with tempfile.TemporaryDirectory() as folder, Safety(
-            {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:
-        agreement = StepAgreement(
-            safety, Guard(GuardConfig(), Path(folder), world, 1), Straggler(world, device))
+    with tempfile.TemporaryDirectory() as folder, Supervisor(
+            {"run_dir": folder}, WatchdogConfig(), world) as supervisor:
+        agreement = StepAgreement(supervisor, GuardConfig(), 1, None, device)
         whole = Life(stage, device, folder, agreement)
         straight = whole.steps(1, 2)
         save_checkpoint(whole.engine, whole.folder, 2, {}, Retention(), world, whole.ema)
@@ -177,7 +175,7 @@ def life(stage: int, device: torch.device) -> dict[str, Any]:
         load_checkpoint(resumed.engine, found, world, resumed.ema)
         again = resumed.steps(3, 4)
         engine = resumed.engine
-        health = Health(engine, part_of, group_places(engine.module, set(), resumed.optimizer),
+        norms = PartNorms(engine, part_of, group_places(engine.module, set(), resumed.optimizer),
                         world)
         gauges = Gauges(engine.module)
         noised = resumed.objective.noise(resumed.batch, torch.full((4,), 0.5), 0, device)
@@ -186,7 +184,7 @@ def life(stage: int, device: torch.device) -> dict[str, Any]:
         masses = {name: float(total / count) for name, (total, count) in gauges.sums.items()}
         return {
             "straight": straight, "resumed": again, "bit for bit": straight[2:] == again,
-            "falls": straight[-1] < straight[0], "update ratios": health.update_ratios(),
+            "falls": straight[-1] < straight[0], "update ratios": norms.update_ratios(),
             "gauges": masses, "ema": emas(resumed, noised),
             "sample": sampled(engine, resumed.batch, device) if stage < 3 else None,
             "export": exported(engine.module, folder) if stage < 3 else None,

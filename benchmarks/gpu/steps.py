@@ -46,12 +46,11 @@ from model.weights.names import part_of
 from training import engine as ds
 from training.distributed import leave, start
 from training.ds_config import complete_ds_config, read_ds_config
-from training.guards.bad_numbers import Guard, GuardConfig
-from training.guards.straggler import Straggler
-from training.guards.supervisor import Safety, StepAgreement
+from training.guards.bad_numbers import GuardConfig
+from training.guards.supervisor import StepAgreement, Supervisor
 from training.guards.watchdog import WatchdogConfig
-from training.metrics.accumulator import Scale, Watch
-from training.metrics.norms import Health, group_places
+from training.metrics.accumulator import Scale, StepAccumulator
+from training.metrics.norms import PartNorms, group_places
 from training.zero_state import base_optimizer, find_shards, read_moments
 
 LEARNING_RATE = 1e-4  # ten times the paper's: the loss on one batch must fall within 13 steps
@@ -148,7 +147,7 @@ class Phases:
 class Run:
     """One job's engine, batch and the objects that train.py's step needs."""
 
-    def __init__(self, job: Job, device: torch.device, small: bool, safety: Any) -> None:
+    def __init__(self, job: Job, device: torch.device, small: bool, supervisor: Any) -> None:
         if small:
             job = replace(job, micro=min(job.micro, 2), batch=min(job.batch, 2))
         self.job, self.device, self.step_number = job, device, 0
@@ -165,9 +164,7 @@ class Run:
         self.model: Any = self.engine.module
         self.model.attend.resolve(device, torch.bfloat16)
         self.phases = Phases(self.engine)
-        world = World(0, 1, 0, 1, "alone")
-        self.agreement = StepAgreement(
-            safety, Guard(GuardConfig(), safety.run_dir, world, None), Straggler(world, device))
+        self.agreement = StepAgreement(supervisor, GuardConfig(), None, None, device)
         self.objective = Objective(job.task, 0, FlowConfig(caption_dropout=0.0))
         clip = Clip(2.0, 3, 12) if small else CLIPS[job.clip]
         self.batch = random_batch(self.config, clip, job.batch, 2 if small else 1)
@@ -185,8 +182,9 @@ class Run:
     def _watch(self, new: set[str]) -> Any:
         places = group_places(self.model, new, self.optimizer)
         scale = Scale(self.job.batch, (1.0, 1.0), 1.0, 1, PEAK_TFLOPS)
-        health = Health(self.engine, part_of, places, World(0, 1, 0, 1, "alone"))
-        return Watch(self.engine, health, scale, partial(training_work, self.config), None)
+        norms = PartNorms(self.engine, part_of, places, World(0, 1, 0, 1, "alone"))
+        return StepAccumulator(
+            self.engine, norms, scale, partial(training_work, self.config), None)
 
     def flops(self) -> int:
         """Operations of one step, from the shapes (model.flops); recomputation does not count."""
@@ -306,9 +304,9 @@ def work(job: Job, record: Record, small: bool) -> None:
     world = World(0, 1, 0, 1, "alone")
     began = time.perf_counter()
     start(world, 10)
-    with tempfile.TemporaryDirectory() as folder, Safety(
-            {"run_dir": folder}, WatchdogConfig(), world, ()) as safety:
-        run = Run(job, device, small, safety)
+    with tempfile.TemporaryDirectory() as folder, Supervisor(
+            {"run_dir": folder}, WatchdogConfig(), world) as supervisor:
+        run = Run(job, device, small, supervisor)
         synchronize(device)
         record.put("engine", {
             "preset": job.preset, "micro": job.micro, "batch": job.batch, "clip": job.clip,

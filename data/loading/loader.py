@@ -205,7 +205,7 @@ def _collate(
     return collate(samples, metadata[samples[0]["stream"]]), told
 
 
-class HeldOut:
+class ValidationSet:
     """The validation split, any sample by its index: streams one after the other.
 
     Every rank must call `batch` and `shares` alike.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common.errors import ExpectedError
 from common.strict_config import strict_config
 from model.towers.video_dit import VideoDiTConfig
 from model.weights.hub import (
@@ -42,7 +43,7 @@ WAN_PATTERNS = ["transformer/*", "config.json", "diffusion_pytorch_model*"]
 TANGOFLUX_OTHER_TENSORS = "text_encoder."
 
 
-class PretrainedError(ValueError):
+class PretrainedError(ExpectedError, ValueError):
     """Weights or configs that are missing or do not fit; the message says which and why."""
 
 

@@ -23,7 +23,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from common.ranks import World
 from data.schema import DataError
-from evaluation.evaluator import Bench
+from evaluation.evaluator import Evaluator
 from evaluation.gallery import write_gallery
 from evaluation.validation import read_rows
 from tests.support.inputs.prepared import write_shards
@@ -360,7 +360,7 @@ def test_samples_that_a_resume_took_away_are_no_longer_on_their_page(tmp_path):
         (folder / "00_a.mp4").touch()
         (folder / "prompts.json").write_text('{"00_a": "a ball"}')
     config = SimpleNamespace(run_dir=str(tmp_path))
-    bench = Bench(*[None] * 4, config, World(0, 1, 0, 1, "test"), None)
+    bench = Evaluator(*[None] * 4, config, World(0, 1, 0, 1, "test"), None)
     write_gallery(samples, "run")
     MetricWriter(tmp_path, 2)  # resumes at step 1
     bench.renew_gallery()
@@ -373,7 +373,7 @@ def test_a_failed_validation_names_itself_and_training_goes_on(capsys):
     def fail(error: Exception):
         raise error
 
-    alone, pair = (Bench(*[None] * 5, World(0, size, 0, size, "test"), None) for size in (1, 2))
+    alone, pair = (Evaluator(*[None] * 5, World(0, size, 0, size, "test"), None) for size in (1, 2))
     assert alone.survive("validation", 7, lambda: 3) == 3
     assert alone.survive("validation", 7, lambda: fail(RuntimeError("out of memory"))) is None
     assert pair.survive("validation", 8, lambda: fail(DataError("shard gone"))) is None

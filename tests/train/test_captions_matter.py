@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loading.loader import DataConfig, HeldOut
+from data.loading.loader import DataConfig, ValidationSet
 from model import AVFullDiT, AVFullDiTConfig
 from model.flow import FlowConfig
 from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
@@ -32,7 +32,7 @@ def test_shuffled_captions_raise_both_losses(tmp_path):
     values = json.loads(Path(tmp_path / "run" / "config" / "model.json").read_text())
     model = AVFullDiT(AVFullDiTConfig.from_dict(values))
     model.load_state_dict(read_weights(tmp_path / "run")[1])
-    batch = HeldOut(DataConfig(root=str(tmp_path / "shards"))).batch(list(range(HELD_OUT)))
+    batch = ValidationSet(DataConfig(root=str(tmp_path / "shards"))).batch(list(range(HELD_OUT)))
     order = torch.arange(HELD_OUT).roll(HELD_OUT // 2)
     shuffled = batch._replace(
         video_text=batch.video_text[order], audio_text=batch.audio_text[order],

@@ -10,7 +10,7 @@ import torch
 import train
 from common.ranks import World
 from common.settings import ConfigError, load_config
-from config import RunConfig, about_run, build_plan, sources
+from config import RunConfig, build_plan, sources
 from tests.support.faults import write_world
 from tests.support.launch import ROOT
 from training.checkpoint.contents import read_manifest, write_manifest
@@ -149,7 +149,7 @@ def test_check_holds_the_run_against_the_checkpoint_that_a_start_would_resume(
     plan = build_plan(config, World(0, 1, 0, 1, "alone"))
     tag = write_weights(tmp_path / "run", 4, {"w": torch.zeros(2)})
     written = read_manifest(tag)
-    write_manifest(tag, dataclasses.replace(written, run=about_run(config, plan)))
+    write_manifest(tag, dataclasses.replace(written, run=plan.about))
     assert train.main([*arguments, "max_steps=99", "samples.count=1"]) == 0
     out = capsys.readouterr().out
     assert f"a start resumes {tag}" in out and "changed since" not in out

@@ -212,7 +212,7 @@ def load_swapped(model, *folders, **more):
     one.data, other.data = other.data, one.data
 
 load, train.load_pretrained = train.load_pretrained, load_swapped
-train.leave(train.main(sys.argv[1:]))
+train.distributed.leave(train.main(sys.argv[1:]))
 """
 
 
@@ -313,7 +313,7 @@ def test_data_of_other_encoders_are_refused(world, tmp_path, capsys, name, folde
 
 
 def test_a_disk_that_failed_a_save_is_worth_another_start(world, capsys, monkeypatch):
-    monkeypatch.setattr(train, "start", lambda world, minutes: None)
+    monkeypatch.setattr(train.distributed, "start", lambda world, minutes: None)
     monkeypatch.setattr(train.faulthandler, "dump_traceback_later", lambda *seconds, exit: None)
 
     def run(*unused):

@@ -5,13 +5,17 @@
 
 from pathlib import Path
 
+from common.errors import ExpectedError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint that could not be written, found or trusted."""
 
 
 class SaveError(CheckpointError):
     """A checkpoint that could not be written: the disk's fault, which may pass."""
+
+    exit_code = 1  # worth another start
 
 
 def tags_in(run_dir: Path) -> list[Path]:

@@ -16,14 +16,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from common.errors import ExpectedError
 from common.files import append_lines, keep_lines_before
 from common.ranks import World, gather_objects, sum_over_ranks
 
-EXIT_CODE = 77
 
-
-class BadNumbersError(RuntimeError):
+class BadNumbersError(ExpectedError, RuntimeError):
     """Training cannot go on from here; raised by every rank after the same step."""
+
+    exit_code = 77
 
 
 @dataclass(frozen=True)

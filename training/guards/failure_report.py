@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from common.errors import ExpectedError
 from common.files import write_json
 from common.ranks import World, broadcast_object
 
@@ -49,16 +50,14 @@ class Failure:
 
     Args:
         config: the resolved configuration.
-        expected: exceptions that every rank raises alike and that explain themselves.
     """
 
     def __init__(
         self, run_dir: Path, config: Mapping[str, Any], world: World,
-        expected: tuple[type[BaseException], ...] = (),
     ) -> None:
         began = time.strftime("%Y%m%dT%H%M%S") + f"_{os.getpid()}"
         self.folder = run_dir / "failures" / broadcast_object(began, world)
-        self.config, self.world, self.expected = config, world, expected
+        self.config, self.world = config, world
         self.last: Last | None = None
 
     @property
@@ -111,7 +110,7 @@ class Failure:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None or isinstance(error, (*self.expected, KeyboardInterrupt)):
+        if error is None or isinstance(error, (ExpectedError, KeyboardInterrupt)):
             return
         self.write(f"{type(error).__name__}: {error}", code=1)
         hint = ""

@@ -17,12 +17,14 @@ import torch
 
 from common.ranks import World, broadcast_object, start_sum_over_ranks
 from common.settings import ConfigError
-from training.guards.bad_numbers import Drawn, Guard
+from training.checkpoint.run_lock import lock_run
+from training.guards.bad_numbers import Drawn, Guard, GuardConfig
 from training.guards.failure_report import Failure, Last
 from training.guards.run_state import write_status
 from training.guards.stop_requests import STOP_FILE, Requests, stop_reason
 from training.guards.straggler import Straggler
 from training.guards.watchdog import Watchdog, WatchdogConfig
+from training.metrics.console import rank_log
 
 
 class Agreed(NamedTuple):
@@ -33,16 +35,15 @@ class Agreed(NamedTuple):
     said: str | None  # a skip or a spike, in words
 
 
-class Safety:
+class Supervisor:
     """A run's guards; a context, left with the folder of failures written if something raised."""
 
     def __init__(
         self, config: Mapping[str, Any], budgets: WatchdogConfig, world: World,
-        expected: tuple[type[BaseException], ...],
     ) -> None:
         self.run_dir, self.world = Path(config["run_dir"]), world
         self.requests = Requests(self.run_dir if world.is_main else None, os.environ)
-        self.failure = Failure(self.run_dir, config, world, expected)
+        self.failure = Failure(self.run_dir, config, world)
         self.watchdog = Watchdog(budgets, self.failure)
         # Seconds per phase; whoever logs them clears them.
         self.spent: defaultdict[str, float] = defaultdict(float)
@@ -50,7 +51,7 @@ class Safety:
         self.stop: str | None = None  # why, once all ranks have agreed to stop
         self.save = False  # whether all ranks agreed to save now
 
-    def __enter__(self) -> "Safety":
+    def __enter__(self) -> "Supervisor":
         self.watchdog.__enter__()
         self.status("running")
         return self
@@ -68,7 +69,7 @@ class Safety:
             write_status(self.run_dir, state, checkpoint=self.last_good, **values)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def section(self, name: str) -> Iterator[None]:
         """A part of the loop under its own budget; its time is kept for the time budget."""
         self.watchdog.enter(name)
         began = time.monotonic()
@@ -112,16 +113,40 @@ class Safety:
         self.requests.clear("SAVE")
 
 
+@contextmanager
+def supervised(
+    config: Mapping[str, Any], budgets: WatchdogConfig, world: World
+) -> Iterator[Supervisor]:
+    """One start of a run: alone in its directory, what it prints kept, its guards around it.
+
+    Raises:
+        CheckpointError: another process writes the run directory.
+    """
+    run_dir = Path(config["run_dir"])
+    lock = lock_run(run_dir, world)
+    with rank_log(run_dir, world), Supervisor(config, budgets, world) as supervisor:
+        yield supervisor
+    if lock:
+        lock.close()
+
+
 class StepAgreement:
     """What the ranks of a run tell each other of every step, and what follows from it.
 
     Args:
         supervisor: takes the votes and carries out what was agreed.
+        rewrite_from: as MetricWriter's, for the record of skips.
+        state: `guard.state()` of the checkpoint that the run goes on from.
     """
 
-    def __init__(self, supervisor: Safety, guard: Guard, straggler: Straggler) -> None:
-        self.supervisor, self.guard, self.straggler = supervisor, guard, straggler
-        self.world, self.began = supervisor.world, time.monotonic()
+    def __init__(
+        self, supervisor: Supervisor, config: GuardConfig, rewrite_from: int | None,
+        state: dict[str, Any] | None, device: torch.device,
+    ) -> None:
+        self.supervisor, self.world = supervisor, supervisor.world
+        self.guard = Guard(config, supervisor.run_dir, self.world, rewrite_from, state)
+        self.straggler = Straggler(self.world, device)
+        self.began = time.monotonic()
         self.told: Callable[[], torch.Tensor] | None = None  # waits for the step's gather
 
     def begin(self, step: int, epoch: int, batch: Any, t: torch.Tensor) -> None:
@@ -138,17 +163,21 @@ class StepAgreement:
         local = torch.cat([sums, self.guard.local_loss()[None], votes.to(sums.device)])
         self.told = start_sum_over_ranks(local, self.world)
 
-    def agree(self, drawn: Drawn, applied: bool) -> Agreed:
+    def agree(self, losses: torch.Tensor, applied: bool) -> Agreed:
         """After the step: what all ranks told; whether to stop or save goes to the supervisor.
+
+        Args:
+            losses: (B, modalities) of this rank's samples. applied: whether the weights moved.
 
         Raises:
             BadNumbersError: on every rank.
         """
-        assert self.told is not None, "tell comes first"
-        *sums, loss, by_signal, by_time, stop_file, save_file = self.told().tolist()
-        supervisor = self.supervisor
+        supervisor, last, told = self.supervisor, self.supervisor.failure.last, self.told
+        assert last is not None and last.t is not None and told is not None, "begin and tell first"
+        *sums, loss, by_signal, by_time, stop_file, save_file = told().tolist()
         supervisor.stop = stop_reason([by_signal, by_time, stop_file])
         supervisor.save = bool(save_file)
+        drawn = Drawn(last.step, last.epoch, last.batch.sample_ids, last.t, losses)
         said = self.guard.judge(loss / self.world.world_size, applied, drawn, supervisor.last_good)
         supervisor.requests.took("step", time.monotonic() - self.began)
         return Agreed(sums if applied else [0.0] * len(sums), applied, said)

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from training.metrics.norms import Health
+from training.metrics.norms import PartNorms
 from training.metrics.writer import NO_STEP
 
 T_BINS = 8
@@ -32,7 +32,7 @@ class Scale(NamedTuple):
     peak_tflops: float | None  # of one device
 
 
-class Watch:
+class StepAccumulator:
     """The measurements of one run.
 
     Args:
@@ -41,10 +41,11 @@ class Watch:
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, health: Health, scale: Scale,
+        self, engine: deepspeed.DeepSpeedEngine, part_norms: PartNorms, scale: Scale,
         work_of: Callable[[Mapping[str, Any]], Sequence[int]], state: dict[str, Any] | None,
     ) -> None:
-        self.engine, self.health, self.scale, self.work_of = engine, health, scale, work_of
+        self.engine, self.part_norms = engine, part_norms
+        self.scale, self.work_of = scale, work_of
         self.work = torch.zeros(len(WORK), dtype=torch.float64)
         self.bins = torch.zeros(T_BINS, len(SUMS), dtype=torch.float64, device=engine.device)
         self.norms: dict[str, float] = {}
@@ -80,7 +81,7 @@ class Watch:
 
     def before_update(self, wanted: bool) -> None:
         """Between the step's last backward and its update; a collective if ``wanted``."""
-        self.norms = self.health.gradient_norms() if wanted else {}
+        self.norms = self.part_norms.gradient_norms() if wanted else {}
 
     def take_sums(self) -> Tensor:
         """This rank's sums of the step (n,), to be summed over the ranks."""
@@ -151,7 +152,7 @@ class Watch:
     def health_record(self) -> dict[str, float]:
         """Update ratios and training losses by t since the last one; a collective."""
         values = {f"health/update_ratio_{part}": ratio
-                  for part, ratio in self.health.update_ratios().items()}
+                  for part, ratio in self.part_norms.update_ratios().items()}
         for index, (video, audio, samples, heard) in enumerate(self.by_t.tolist()):
             name = f"{(index + 0.5) / T_BINS:.2f}"
             if samples:

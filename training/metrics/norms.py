@@ -33,7 +33,7 @@ def group_places(
     return {name: places[id(p)] for name, p in model.named_parameters() if id(p) in places}
 
 
-class Health:
+class PartNorms:
     """Norms per part of one engine.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loading.loader import HeldOut, build_loader
+from data.loading.loader import ValidationSet, build_loader
 from data.loading.sources import DataConfig
 from data.schema import DataError, Metadata, collate, load_metadata
 from tests.support.inputs.prepared import write_shards
@@ -100,7 +100,7 @@ def test_batch_has_the_schema(shards):
 
 
 def test_clips_without_sound_are_told_apart(tmp_path):
-    held_out = HeldOut(DataConfig(str(write_shards(tmp_path / "mixed", 4, 6, silent=3))))
+    held_out = ValidationSet(DataConfig(str(write_shards(tmp_path / "mixed", 4, 6, silent=3))))
     batch = held_out.batch(list(range(6)))
     assert batch.has_audio.tolist() == [True, True, False] * 2
     assert batch.has_audio.dtype == torch.bool
@@ -110,7 +110,7 @@ def test_clips_without_sound_are_told_apart(tmp_path):
 
 
 def test_latents_are_normalised_at_load(shards):
-    held_out, metadata = HeldOut(DataConfig(str(shards))), load_metadata(shards)
+    held_out, metadata = ValidationSet(DataConfig(str(shards))), load_metadata(shards)
     raw = torch.from_numpy(held_out.dataset[2]["video_latents"].astype(np.float32))
     mean, std = (torch.tensor(v) for v in (metadata.latents_mean, metadata.latents_std))
     expected = (raw - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
@@ -118,14 +118,14 @@ def test_latents_are_normalised_at_load(shards):
 
 
 def test_held_out_samples_by_index(shards):
-    held_out = HeldOut(DataConfig(str(shards)))
+    held_out = ValidationSet(DataConfig(str(shards)))
     assert len(held_out) == HELD
     assert held_out.batch([3, 0, 3]).sample_ids == [
         "validation003",
         "validation000",
         "validation003",
     ]
-    overfit = HeldOut(DataConfig(str(shards), validation_split="train"))
+    overfit = ValidationSet(DataConfig(str(shards), validation_split="train"))
     assert len(overfit) == TRAIN
 
 
@@ -169,7 +169,7 @@ def test_impossible_batches_are_refused(shards, batch, world, nodes, message):
 
 def test_no_held_out_split_is_named(shards):
     with pytest.raises(DataError, match="no split 'test'"):
-        HeldOut(DataConfig(str(shards), validation_split="test"))
+        ValidationSet(DataConfig(str(shards), validation_split="test"))
 
 
 RANK = """

@@ -13,7 +13,7 @@ import pytest
 from streaming.base.shared import prefix as streaming_prefix
 
 from data.loading import node
-from data.loading.loader import HeldOut, build_loader
+from data.loading.loader import ValidationSet, build_loader
 from data.loading.sources import DataConfig
 from data.schema import DataError
 from tests.support.inputs.prepared import write_shards
@@ -57,7 +57,7 @@ def job(root, barrier, results, hold):
     look_together(barrier)
     config = DataConfig(str(root), num_workers=0, cache_limit="1gb")
     ids = next(build_loader(config, 4, 0, 1, 3))[1].sample_ids
-    held_out = HeldOut(config)
+    held_out = ValidationSet(config)
     results.put((os.getpid(), node.job_number(), ids))
     while not hold.exists():  # a file: an Event would be waited for by a killed process for ever
         time.sleep(0.1)
@@ -137,7 +137,7 @@ def test_a_cache_folder_belongs_to_one_run(tmp_path):
 def test_each_data_set_opens_as_many_files_as_the_first(shards):
     def opened():
         before = len(os.listdir("/proc/self/fd"))
-        kept.append(HeldOut(DataConfig(str(shards), num_workers=0)))
+        kept.append(ValidationSet(DataConfig(str(shards), num_workers=0)))
         return len(os.listdir("/proc/self/fd")) - before
 
     kept = []

@@ -15,7 +15,7 @@ import pytest
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 
-from data.loading.loader import HeldOut, build_loader
+from data.loading.loader import ValidationSet, build_loader
 from data.loading.shards import ShardDataset
 from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError
@@ -156,7 +156,7 @@ def test_held_out_samples_are_substituted_and_told_too(copy):
     config = DataConfig(str(copy), on_bad_shard="substitute", max_substituted_fraction=0.9,
                         validation_split="train")
     spoil("bad", sorted((copy / "train").glob("*.zstd"))[0])
-    held_out = HeldOut(config, copy / "ledger.jsonl")
+    held_out = ValidationSet(config, copy / "ledger.jsonl")
     [used] = held_out.batch([0], step=7).sample_ids
     [line] = map(json.loads, (copy / "ledger.jsonl").read_text().splitlines())
     assert (line["step"], line["sample"], line["used"]) == (7, 0, used) and used != "train000"
@@ -168,7 +168,7 @@ def test_shard_damaged_after_it_was_unpacked_is_noticed(copy):
     spoil("bad", sorted((copy / "train").glob("*.mds"))[1])
     error = read_job(Job(config, 1, 6), 0)["error"]
     assert "shard.00001.mds: its xxh64 is not the one in index.json" in error
-    assert len(HeldOut(config)) == HELD  # the other split is whole
+    assert len(ValidationSet(config)) == HELD  # the other split is whole
 
 
 def test_a_damaged_copy_in_the_cache_is_fetched_again(copy, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from common.settings import ConfigError, parse_config
 from data.loading import sources
-from data.loading.loader import HeldOut
+from data.loading.loader import ValidationSet
 from data.loading.sources import DataConfig, StreamConfig, check_data, needs_cache, open_streams
 from data.provenance import check_provenance
 from data.schema import DataError
@@ -95,7 +95,7 @@ def test_proportions_are_exact_over_an_epoch(roots):
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("samples", [None, 6])
 def test_held_out_choice_is_the_same_on_any_ranks(roots, world, samples):
-    held_out = HeldOut(config(roots))
+    held_out = ValidationSet(config(roots))
     taken, calls = [], set()
     for rank in range(world):
         shares = list(held_out.shares(samples, 2, rank, world, 0))
@@ -111,7 +111,7 @@ def test_held_out_choice_is_the_same_on_any_ranks(roots, world, samples):
 
 
 def test_duration_follows_the_stream(roots):
-    held_out = HeldOut(config(roots))
+    held_out = ValidationSet(config(roots))
     assert held_out.batch([0]).duration.tolist() == pytest.approx([9 / 24])
     assert held_out.batch([8]).duration.tolist() == pytest.approx([13 / 24])
 

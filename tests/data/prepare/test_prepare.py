@@ -10,7 +10,7 @@ import torch
 
 from data.clips.decode import CutSpec, read_cut
 from data.clips.mux import write_clip
-from data.loading.loader import DataConfig, HeldOut, build_loader
+from data.loading.loader import DataConfig, ValidationSet, build_loader
 from data.prepare import AUDIO_NEGATIVE, VIDEO_NEGATIVE, Encoders, prepare
 from data.prepare.__main__ import main
 from data.schema import DataError, load_metadata, load_text_states
@@ -141,7 +141,7 @@ def test_dataset_json_says_how_it_was_made(prepared, encoders):
 
 
 def test_a_sample_is_what_the_encoders_give(prepared, manifest, encoders):
-    held_out = HeldOut(DataConfig(str(prepared)))
+    held_out = ValidationSet(DataConfig(str(prepared)))
     assert len(held_out) == 1
     batch = held_out.batch([0])
     cut = read_cut(manifest.parent / "clips/held.mp4", SPEC, t0=0.25)

@@ -22,7 +22,7 @@ from tests.support.workers.checkpoint_worker import (
 )
 from training import engine as ds
 from training.distributed import leave, shutdown, start
-from training.metrics.norms import Health, group_places
+from training.metrics.norms import PartNorms, group_places
 from training.zero_state import find_shards, parameter_shapes
 
 STEPS = 3
@@ -81,7 +81,7 @@ def whole_weights(made, world: World) -> dict[str, torch.Tensor]:
 
 def watched(made, name: str, world: World) -> list[tuple[dict, dict]]:
     groups = group_places(made.module, NEW, OPTIMIZER)
-    health = Health(made, part_of, groups, world)
+    part_norms = PartNorms(made, part_of, groups, world)
     share, dtype = GLOBAL_BATCH // world.world_size, next(made.module.parameters()).dtype
     found = []
     for step in range(STEPS):
@@ -90,12 +90,12 @@ def watched(made, name: str, world: World) -> list[tuple[dict, dict]]:
         for part in mine.split(made.train_micro_batch_size_per_gpu()):
             made.backward(loss_of(made, part))
             if made.is_gradient_accumulation_boundary():
-                norms = health.gradient_norms()
+                norms = part_norms.gradient_norms()
                 total = sum(norm**2 for norm in norms.values()) ** 0.5
             made.step()
         own = made.get_global_grad_norm()
         assert own is None or float(own) == pytest.approx(total, rel=1e-5), name
-        found.append((norms, health.update_ratios()))
+        found.append((norms, part_norms.update_ratios()))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data.loading.agreement import PeerError
-from data.loading.loader import HeldOut, build_loader
+from data.loading.loader import ValidationSet, build_loader
 from data.loading.shards import ShardDataset
 from data.loading.sources import DataConfig
 from data.schema import DataError
@@ -65,7 +65,8 @@ def read_job(job: Job, rank: int) -> dict[str, Any]:
             shape = tuple(batch.video_latents.shape[1:])
             weights = dict(zip(batch.sample_ids, batch.audio_weight.tolist(), strict=True))
             found["batches"].append((epoch, batch.sample_ids, shape, weights))
-        for batch, real in HeldOut(job.config, ledger).shares(None, 2, rank, job.world, job.steps):
+        held_out = ValidationSet(job.config, ledger)
+        for batch, real in held_out.shares(None, 2, rank, job.world, job.steps):
             found["held"].append((batch.sample_ids, real.tolist(), batch.video_latents.shape[1:]))
     except DataError as error:
         found["error"] = str(error)
