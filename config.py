@@ -16,6 +16,7 @@ from data.loading.sources import DataConfig, Opened, check_data
 from data.provenance import check_provenance
 from model import AVFullDiTConfig, JointConfig
 from model.flow import FlowConfig
+from model.variants import renamed
 from model.weights.load import check_weights, config_from_files
 from training.checkpoint.contents import MANIFEST, read_manifest
 from training.checkpoint.resume import check_resume, describe_run
@@ -151,7 +152,17 @@ def find_resume(config: RunConfig, plan: Plan, world: World) -> tuple[Found | No
     found = find_checkpoint(Path(config.run_dir), world)
     if found is None:
         return None, []
-    return found, check_resume(found, plan.about, MODEL_DEFAULTS)
+    return found, check_resume(_in_todays_words(found), plan.about, MODEL_DEFAULTS)
+
+
+def _in_todays_words(found: Found) -> Found:
+    """A checkpoint of an earlier commit, as this one would have described its run."""
+    run = found.manifest.run
+    if not run:
+        return found
+    settings = run["config"] | {"model": renamed(run["config"]["model"])}
+    run = run | {"config": settings, "model": renamed(run["model"])}
+    return found._replace(manifest=dataclasses.replace(found.manifest, run=run))
 
 
 def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
@@ -170,7 +181,7 @@ def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
                                   "move them away to start afresh")
         return [f"{run_dir}: no checkpoint; a start begins from the pretrained backbones"]
     found = Found(tags[-1], read_manifest(tags[-1]), {}, {})
-    changed = check_resume(found, plan.about, MODEL_DEFAULTS)
+    changed = check_resume(_in_todays_words(found), plan.about, MODEL_DEFAULTS)
     return [f"a start resumes {found.tag}", *changed]
 
 

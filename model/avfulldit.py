@@ -61,7 +61,7 @@ class AVFullDiT(nn.Module):
         """The kernel in use, in words, chosen by the weights' dtype and device if not yet run."""
         weight = self.video.proj_out.weight
         kernel = self.attend.resolve(weight.device, weight.dtype)
-        if self.config.init == "I2" and kernel not in ANYWHERE:  # only these take a bias
+        if self.config.init == "bias_warmup" and kernel not in ANYWHERE:  # only these take a bias
             return f"{kernel} (sdpa in joint blocks until step {self.config.bias_steps})"
         return kernel
 
@@ -86,7 +86,7 @@ class AVFullDiT(nn.Module):
         padded, noisy_audio (B, L, C), audio_text (B, 64, Da), audio_text_mask (B, 64) True on real
         tokens, duration (B,) seconds. Task t2v takes the first three and returns (video, None).
 
-        ``cross_modal`` False masks V <-> A; ``cross_modal_bias`` is added to their logits (init I2,
+        ``cross_modal`` False masks V <-> A; ``cross_modal_bias`` is added to their logits (init=bias_warmup,
         from `JointConfig.cross_modal_bias`). ``audio_t`` (B,) is the audio's own t; None shares t.
         ``video_text_length`` is how many rows video_text stands for: those left out equal its last
         one (zero padding), whose key and value are computed once. ``audio_present`` (B,) bool

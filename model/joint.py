@@ -30,10 +30,10 @@ class Coupling(NamedTuple):
 class AVFullAttention(nn.Module):
     """One attention over the concatenated streams (Eq. 7), without parameters of its own.
 
-    The sequence is [video | audio | text]. Under audio_text "masked" (O2) video sees {V, A}, audio
+    The sequence is [video | audio | text]. Under audio_text "masked" video sees {V, A}, audio
     sees {V, A, T}, the audio caption sees {T, A}: between V and A this is Eq. 7, and text stays
     unimodal as pretrained. In this order every key set is a contiguous slice, so three calls need
-    no mask. Under "stream" (O1) everything sees everything, in one call.
+    no mask. Under "stream" everything sees everything, in one call.
     """
 
     def __init__(self, attend: Attention, audio_text: str = "masked") -> None:
@@ -145,7 +145,7 @@ class JointBlock(nn.Module):
         super().__init__()
         assert config.audio is not None
         self.fusion, self.audio_text = config.fusion, config.audio_text
-        new = NewHeads(config.new_heads, config.init == "I0")
+        new = NewHeads(config.new_heads, config.init == "normal")
         build = AudioDoubleBlock if double else AudioSingleBlock
         self.video = VideoBlock(config.video, attend)
         self.audio: AudioDoubleBlock | AudioSingleBlock = build(config.audio, attend, new)
@@ -191,7 +191,7 @@ class JointBlock(nn.Module):
         """Both sides read the other as it was after its self-attention's residual."""
         assert coupling.ropes is not None
         video_rope, stream_rope = coupling.ropes
-        # O2: video and the audio caption never meet. O1: the caption's tokens are part of audio.
+        # masked: video and the audio caption never meet; stream: its tokens are part of audio.
         size = num_audio if self.audio_text == "masked" else stream.shape[1]
         heard, rope = stream[:, :size], Rope(*(table[:size] for table in stream_rope))
         to_video = self.new_video_fusion(video, heard, video_rope, rope)

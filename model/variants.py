@@ -19,8 +19,10 @@ CHOICES = {
     "rope": ("shrink_audio", "expand_video", "vanilla"),
     "rope_layout": ("native", "hybrid", "wan"),
     "audio_text": ("masked", "stream"),
-    "init": ("I0", "I1", "I2"),
+    "init": ("normal", "zero_output", "bias_warmup"),
 }
+# Values in files of earlier commits -> what they are called now.
+RENAMED = {"init": {"I0": "normal", "I1": "zero_output", "I2": "bias_warmup"}}
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class JointConfig:
     fusion: "full" is AVFull-Attention (Eq. 6-9), "cross" the cross-attention baseline (Table 3a).
     rope: "shrink_audio" divides the audio index by tau (Eq. 12), "expand_video" multiplies the
         video time index by tau in every video self-attention, "vanilla" does neither.
-    rope_layout: frequencies of audio in the joint attention: "native" TangoFlux's (R1), "wan"
-        Wan's time channels (R2), "hybrid" native on pretrained heads and wan on new ones (R3).
-    audio_text: "masked" keeps caption and video apart (O2), "stream" lets both see each other (O1).
-    init: of the new weights; "I0" all N(0, 0.02), "I1" new v and output zero, "I2" is I1 plus a
-        bias on V <-> A logits that rises from bias_start to 0 within bias_steps.
+    rope_layout: frequencies of audio in the joint attention: "native" TangoFlux's, "wan" Wan's time
+        channels, "hybrid" native on pretrained heads and wan on new ones.
+    audio_text: "masked" keeps caption and video apart, "stream" lets both see each other.
+    init: of the new weights; "normal" all N(0, 0.02), "zero_output" new v and output zero,
+        "bias_warmup" zero_output and a bias on V <-> A logits that rises from bias_start to 0
+        within bias_steps.
     """
 
     num_joint_blocks: int = 18
@@ -43,7 +46,7 @@ class JointConfig:
     rope: str = "shrink_audio"
     rope_layout: str = "native"
     audio_text: str = "masked"
-    init: str = "I1"
+    init: str = "zero_output"
     bias_start: float = -10.0
     bias_steps: int = 300
 
@@ -52,15 +55,19 @@ class JointConfig:
 
         A schedule, not a parameter: at -10 a learned bias would have a gradient near zero.
         """
-        if self.init != "I2" or step >= self.bias_steps:
+        if self.init != "bias_warmup" or step >= self.bias_steps:
             return 0.0
         return self.bias_start * (1 - step / self.bias_steps)
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
+            value = getattr(self, name)
+            if value in RENAMED.get(name, {}):
+                raise ValueError(f"model.{name}={value} is called {RENAMED[name][value]} now: write "
+                                 f"{name}: {RENAMED[name][value]}")
+            if value not in known:
                 raise ValueError(
-                    f"model.{name}={getattr(self, name)!r} is unknown; use one of "
+                    f"model.{name}={value!r} is unknown; use one of "
                     f"{', '.join(known)}"
                 )
         if self.num_joint_blocks < 1:
@@ -71,10 +78,10 @@ class JointConfig:
                 f"model.bias_steps={self.bias_steps} must be at least 1"
             )
         for name in ("bias_start", "bias_steps"):
-            if self.init != "I2" and getattr(self, name) != getattr(JointConfig, name):
+            if self.init != "bias_warmup" and getattr(self, name) != getattr(JointConfig, name):
                 raise ValueError(
                     f"model.{name}={getattr(self, name)} has no effect with model.init="
-                    f"{self.init}; use init=I2 or remove the key"
+                    f"{self.init}; use init=bias_warmup or remove the key"
                 )
         if self.fusion == "cross":
             self._check_cross()
@@ -85,11 +92,17 @@ class JointConfig:
                 "model.rope_layout=hybrid gives new audio heads another layout, but "
                 "model.fusion=cross has no new heads; use native or wan"
             )
-        if self.init != "I1":
+        if self.init != "zero_output":
             raise ValueError(
                 f"model.init={self.init} speaks of AVFull-Attention's new columns, but "
-                "model.fusion=cross always starts from a zero output; use init=I1"
+                "model.fusion=cross always starts from a zero output; use init=zero_output"
             )
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored `model:` section in today's words."""
+    return {key: RENAMED.get(key, {}).get(value, value) if isinstance(value, str) else value
+            for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -141,8 +154,8 @@ class AVFullDiTConfig(JointConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "model") -> "AVFullDiTConfig":
-        """Build from nested plain mappings (YAML); unknown keys are refused."""
-        values = dict(values)
+        """Build from nested plain mappings, also of earlier commits; unknown keys are refused."""
+        values = renamed(values)
         if isinstance(values.get("video"), Mapping):
             values["video"] = VideoDiTConfig.from_dict(values["video"], f"{where}.video")
         if isinstance(values.get("audio"), Mapping):

@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[AVFullDiTConfig, dict[str, Any]]] = {
     "stream": (dataclasses.replace(SMALL, audio_text="stream"), {}),
     "cross": (dataclasses.replace(SMALL, fusion="cross"), {}),
     "hybrid RoPE": (dataclasses.replace(SMALL, rope_layout="hybrid"), {}),
-    "bias (I2)": (dataclasses.replace(SMALL, init="I2"), {"bias": -3.0}),
+    "bias_warmup": (dataclasses.replace(SMALL, init="bias_warmup"), {"bias": -3.0}),
     "a clip without sound": (SMALL, {"silent": True}),
     "recompute": (SMALL, {"recompute": "full"}),
 }

@@ -93,7 +93,7 @@ class Attention:
     ) -> torch.Tensor:
         """query (B, Lq, H, D), key and value (B, Lk, H, D) -> (B, Lq, H, D).
 
-        ``key_bias`` (Lk,) or (B, Lk) is added to the logits: init I2's in its first few hundred
+        ``key_bias`` (Lk,) or (B, Lk) is added to the logits: init=bias_warmup's in its first few hundred
         steps, and -inf on the audio of clips without sound. No flash kernel takes it, so those
         calls go to PyTorch's SDPA whatever was chosen.
         """

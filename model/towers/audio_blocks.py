@@ -73,14 +73,14 @@ class AudioContext(NamedTuple):
 
 
 class NewHeads(NamedTuple):
-    """How many heads a joint block adds, and whether all of them start random (init I0)."""
+    """How many heads a joint block adds, and whether all of them start random (init=normal)."""
 
     heads: int = 0
     random: bool = False
 
     def std(self, pretrained_safe: bool) -> float:
         """Standard deviation of a new weight; ``pretrained_safe`` ones are
-        zero except in I0, because they would act on a pretrained stream at step 0."""
+        zero except under init=normal, because they would act on a pretrained stream at step 0."""
         return NEW_STD if self.random or not pretrained_safe else 0.0
 
 

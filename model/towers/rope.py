@@ -72,8 +72,8 @@ def joint_audio_rope(
 ) -> Rope:
     """Table for the audio stream inside AVFull-Attention of ``heads`` + ``new_heads`` heads.
 
-    ``layout`` "native" (R1) is `audio_rope`. "wan" (R2) rotates by Wan's time channels and leaves
-    its height and width channels alone, so that Eq. 12 holds on every channel. "hybrid" (R3) does
+    ``layout`` "native" is `audio_rope`. "wan" rotates by Wan's time channels and leaves
+    its height and width channels alone, so that Eq. 12 holds on every channel. "hybrid" does
     so on the new heads and leaves the pretrained heads their own frequencies.
     """
     positions = _stream_positions(num_audio, num_text, tau)

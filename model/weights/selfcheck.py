@@ -166,7 +166,7 @@ def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def _muted(model: nn.Module) -> Iterator[None]:
-    """New output columns left out; only init I0 starts them at anything but zero."""
+    """New output columns left out; only init=normal starts them at anything but zero."""
     outputs = [module for module in model.modules() if isinstance(module, ExpandedOutput)]
     try:
         for output in outputs:

@@ -12,13 +12,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from model import AVFullDiT, AVFullDiTConfig, JointConfig
 from model.joint import AVFullAttention
 from model.towers.attention import QKV, Attention
+from model.variants import RENAMED
 from model.weights.load import new_parameter_names
 from model.weights.names import is_new, released_name
 from tests.model.test_oracle import LAYOUTS
 from tests.support.models import towers
 
 ROPES = ("shrink_audio", "expand_video", "vanilla")
-INITS = {"full": ("I0", "I1", "I2"), "cross": ("I1",)}
+INITS = {"full": ("normal", "zero_output", "bias_warmup"), "cross": ("zero_output",)}
 
 
 def combinations(fusion):
@@ -54,11 +55,11 @@ def test_every_combination_builds_learns_and_keeps_its_config(fusion):
     [
         ({"fusion": "half"}, "model.fusion='half' is unknown; use one of full, cross"),
         ({"rope": "stretch"}, "model.rope='stretch' is unknown"),
-        ({"init": "I3"}, "model.init='I3' is unknown; use one of I0, I1, I2"),
+        ({"init": "I3"}, "model.init='I3' is unknown; use one of normal, zero_output, bias_warmup"),
         ({"fusion": "cross", "rope_layout": "hybrid"}, "has no new heads; use native or wan"),
-        ({"fusion": "cross", "init": "I2"}, "always starts from a zero output; use init=I1"),
-        ({"bias_steps": 10}, "bias_steps=10 has no effect with model.init=I1; use init=I2"),
-        ({"init": "I2", "bias_start": 1.0}, "bias_start=1.0 must not be above 0"),
+        ({"fusion": "cross", "init": "bias_warmup"}, "always starts from a zero output; use init=zero_output"),
+        ({"bias_steps": 10}, "bias_steps=10 has no effect with model.init=zero_output; use init=bias_warmup"),
+        ({"init": "bias_warmup", "bias_start": 1.0}, "bias_start=1.0 must not be above 0"),
         ({"num_joint_blocks": 0}, "num_joint_blocks=0 must be at least 1"),
     ],
 )
@@ -67,19 +68,26 @@ def test_what_means_nothing_is_refused_with_the_reason(change, message):
         JointConfig(**change)
 
 
+@pytest.mark.parametrize(("code", "word"), RENAMED["init"].items())
+def test_a_code_is_refused_with_its_word_and_read_from_old_files(code, word):
+    with pytest.raises(ValueError, match=f"model.init={code} is called {word} now"):
+        JointConfig(init=code)
+    assert AVFullDiTConfig.from_dict({"init": code}).init == word
+
+
 def test_old_configs_mean_what_they_meant():
     """A model.json written before the ablations existed is the default of each."""
     old = {"task": "t2av", "num_joint_blocks": 2, "fps": 24.0}
     new = AVFullDiTConfig.from_dict(old)
     assert (new.fusion, new.rope, new.rope_layout, new.audio_text, new.init) == (
-        "full", "shrink_audio", "native", "masked", "I1")
+        "full", "shrink_audio", "native", "masked", "zero_output")
 
 
 def test_the_bias_rises_to_exactly_nothing():
-    config = JointConfig(init="I2", bias_start=-8.0, bias_steps=4)
+    config = JointConfig(init="bias_warmup", bias_start=-8.0, bias_steps=4)
     assert [config.cross_modal_bias(step) for step in range(6)] == [-8, -6, -4, -2, 0, 0]
     assert JointConfig().cross_modal_bias(0) == 0
-    model = AVFullDiT(replace(towers.CONFIG, init="I2"))
+    model = AVFullDiT(replace(towers.CONFIG, init="bias_warmup"))
     inputs = towers.joint_inputs()
     with torch.no_grad():
         last = model(**inputs, cross_modal_bias=config.cross_modal_bias(4))
@@ -88,8 +96,8 @@ def test_the_bias_rises_to_exactly_nothing():
 
 @pytest.mark.parametrize("text", ["masked", "stream"])
 def test_a_strong_bias_gives_the_two_towers(text):
-    """backbones.md 4.5: at -10 the outputs are the backbones' up to e^-10 of the mass."""
-    model = AVFullDiT(replace(towers.CONFIG, init="I2", audio_text=text))
+    """At -10 the outputs are the backbones' up to e^-10 of the mass."""
+    model = AVFullDiT(replace(towers.CONFIG, init="bias_warmup", audio_text=text))
     inputs = towers.joint_inputs()
     with torch.no_grad():
         alone = model(**inputs, cross_modal=False)
@@ -108,7 +116,7 @@ def test_stream_is_one_unmasked_attention():
 
 
 def test_i0_is_random_throughout_and_i1_is_not():
-    for init, zero in (("I0", False), ("I1", True)):
+    for init, zero in (("normal", False), ("zero_output", True)):
         torch.manual_seed(0)
         model = AVFullDiT(replace(towers.CONFIG, init=init, num_joint_blocks=3))
         names = {n for n in new_parameter_names(model) if n.endswith("new_weight")}

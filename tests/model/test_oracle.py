@@ -81,4 +81,4 @@ def test_unimodal_blocks_before_the_joint_ones(fusion, num_joint):
 
 @pytest.mark.parametrize("text", ["masked", "stream"])
 def test_cross_modal_bias(text):
-    compare(build(audio_text=text, init="I2"), bias=-2.5)
+    compare(build(audio_text=text, init="bias_warmup"), bias=-2.5)

@@ -12,7 +12,7 @@ from tests.support.models import tiny, towers
 
 CPU = torch.device("cpu")
 VARIANTS = [
-    {}, {"num_joint_blocks": 1}, {"num_joint_blocks": 3}, {"init": "I0"}, {"fusion": "cross"},
+    {}, {"num_joint_blocks": 1}, {"num_joint_blocks": 3}, {"init": "normal"}, {"fusion": "cross"},
     {"rope_layout": "hybrid"}, {"rope_layout": "wan", "num_joint_blocks": 3},
     {"rope": "expand_video"}, {"rope": "vanilla", "audio_text": "stream"},
     {"task": "t2v", "audio": None},
@@ -47,7 +47,7 @@ def test_bfloat16(folders):
 
 
 def test_the_mute_ends_with_the_check(folders):
-    model = stitched(folders, init="I0")
+    model = stitched(folders, init="normal")
     inputs = towers.joint_inputs(1)
     with torch.no_grad():
         before = model(**inputs)

@@ -230,7 +230,7 @@ def loading(folder: Path, num_layers: int) -> dict[str, float]:
 def main() -> None:
     deepspeed.init_distributed("gloo")
     result = compare(towers.EARLY_SINGLE)
-    variants = ({"num_joint_blocks": 3, "init": "I0"}, {"fusion": "cross"})
+    variants = ({"num_joint_blocks": 3, "init": "normal"}, {"fusion": "cross"})
     result["variants"] = [compare(replace(towers.CONFIG, **change)) for change in variants]
     with tempfile.TemporaryDirectory() as folder:
         loading(Path(folder), 2)  # the allocator's own start is not the checkpoint's
