@@ -40,7 +40,7 @@ MODEL_DEFAULTS = dataclasses.asdict(AVFullDiTConfig())
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Samples while training: how many held-out captions, and how they are drawn."""
+    """Samples while training: how many validation captions, and how they are drawn."""
 
     count: int = 4
     num_steps: int = 50
@@ -85,8 +85,8 @@ class RunConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     peak_tflops: float | None = None  # of one device, for MFU; None: by its name
     validate_every: int | None = 500  # and at the start and the end; None: never
-    validate_only: bool = False  # held-out loss of the newest checkpoint, then stop
-    validation_samples: int | None = None  # None: the whole held-out split
+    validate_only: bool = False  # validation loss of the newest checkpoint, then stop
+    validation_samples: int | None = None  # None: the whole validation split
     save_every: int = 500
     keep_checkpoints: int = 2  # the newest ones
     keep_every: int | None = None  # and those at multiples of this step, for ever

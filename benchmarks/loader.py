@@ -5,7 +5,7 @@
 writes samples of the real 2 s shape (latents 48 x 13 x 12 x 20, 117 rows of text: 1.4 MB) and reads
 them with the real loader: the first epoch, which unpacks and hash-checks every shard, then warm
 ones. Last, the share of a step spent waiting for data when every rank-sized batch is followed by
-the time that one GPU computes on it (performance.md: 30 MB/s per GPU, 21 samples/s).
+the time that one GPU computes on it (30 MB/s per GPU, 21 samples/s).
 """
 
 import argparse

@@ -7,7 +7,7 @@ The real widths of both towers (3072 and 1024), few layers, 2 s clips, the real 
 `--log-every`-th; "off" leaves all of that out but the count of tokens in a forward's hook. The
 blocks alternate, so that a machine that slows down slows both. Prints the median of the paired
 ratios with a 95 % bootstrap interval. The cost grows with the parameters, not with what a step
-trains on (`--batch`, `--frames`). Gauges and held-out losses are not logging: their time is on
+trains on (`--batch`, `--frames`). Gauges and validation losses are not logging: their time is on
 record as validation.
 """
 

@@ -2,7 +2,7 @@
 
 Latents are stored raw as float16 (video: posterior mode; audio: posterior mean and std), so that
 normalisation can change without encoding again. Text states are stored as the bits of bfloat16:
-umT5 rows cut to their true length, Flan-T5 always 64 rows (backbones.md 7).
+umT5 rows cut to their true length, Flan-T5 always 64 rows.
 """
 
 import dataclasses

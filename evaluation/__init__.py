@@ -1,1 +1,1 @@
-"""What looks at a model or a run: held-out losses, samples, gauges, comparisons."""
+"""What looks at a model or a run: validation losses, samples, gauges, comparisons."""

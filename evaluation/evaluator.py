@@ -1,4 +1,4 @@
-"""What looks at the model between two steps: held-out losses, gauges, samples.
+"""What looks at the model between two steps: validation losses, gauges, samples.
 
 None of it draws from a random stream of training or touches a gradient: a run that is watched
 trains as one that is not, bit for bit (tests/evaluation/test_evaluator.py). Called by train.py.
@@ -42,10 +42,10 @@ def told_alone(what: str) -> Iterator[None]:
 
 
 class Evaluator(NamedTuple):
-    """What looks at the model between steps: held-out losses, gauges, samples."""
+    """What looks at the model between steps: validation losses, gauges, samples."""
 
     engine: Any
-    held_out: ValidationSet
+    validation_set: ValidationSet
     objective: Objective
     ema: EMA | None
     config: RunConfig
@@ -54,10 +54,11 @@ class Evaluator(NamedTuple):
 
     def shares(self, samples: int | None, step: int) -> Iterator[tuple[Batch, torch.Tensor]]:
         micro = self.engine.train_micro_batch_size_per_gpu()
-        return self.held_out.shares(samples, micro, self.world.rank, self.world.world_size, step)
+        rank, ranks = self.world.rank, self.world.world_size
+        return self.validation_set.shares(samples, micro, rank, ranks, step)
 
     def noised(self, batch: Batch, t: float) -> Noised:
-        """A batch at the held-out grid's own noise, the same at every step."""
+        """A batch at the validation grid's own noise, the same at every step."""
         values = torch.full((len(batch.sample_ids),), t)
         return self.objective.noise(batch, values, VALIDATION_EPOCH, self.engine.device)
 
@@ -78,7 +79,7 @@ class Evaluator(NamedTuple):
         return f"stitch self-check: deviation from the backbones {describe(found)}"
 
     def validate(self, step: int, writer: MetricWriter, recorded: bool) -> None:
-        """Held-out losses onto the console and, unless they are ``recorded``, into the run's files.
+        """Say the validation losses and, unless they are ``recorded``, write them down.
 
         A failure ends a run that does nothing else, and only that.
         """
@@ -86,10 +87,13 @@ class Evaluator(NamedTuple):
         values = measure() if self.config.validate_only else self.survive(
             "validation", step, measure)
         if values:
-            writer.held_out(step, values, recorded)
+            writer.validation(step, values, recorded)
 
     def losses(self, step: int, keep: bool = True) -> dict[str, float]:
-        """Held-out losses of the weights and of their average; `keep`: into RUN/validation, too."""
+        """Validation losses of the weights and of their average.
+
+        ``keep`` writes the losses of each sample into RUN/validation, too.
+        """
         def rows() -> list[Row]:
             shares = self.shares(self.config.validation_samples, step)
             return measure(self.engine, shares, self.losses_at, VALIDATION_T,
@@ -103,12 +107,12 @@ class Evaluator(NamedTuple):
                 found["ema"] = rows()
             values |= summarise(found["ema"], VALIDATION_T, "_ema")
         if keep and self.world.is_main:
-            with told_alone(f"held-out losses of step {step} per sample"):
+            with told_alone(f"validation losses of step {step} per sample"):
                 write_rows(Path(self.config.run_dir), step, found, VALIDATION_T)
         return values
 
     def look_inside(self, step: int) -> dict[str, float]:
-        """Attention between the modalities and activations, on a few held-out samples.
+        """Attention between the modalities and activations, on a few validation samples.
 
         Empty where it failed.
         """
@@ -133,9 +137,10 @@ class Evaluator(NamedTuple):
         )
 
         config, sound = self.config, self.config.task == "t2av"
-        first = self.held_out.opened[0]
+        first = self.validation_set.opened[0]
+        tangoflux = config.tangoflux if sound else None
         preview = Preview(
-            Path(config.run_dir), self.held_out, config.wan, config.tangoflux if sound else None,
+            Path(config.run_dir), self.validation_set, config.wan, tangoflux,
             first.text_states, config.flow, config.seed, **dataclasses.asdict(config.samples),
         )
         folder = draw_previews(preview, self.engine, step, self.world,

@@ -41,12 +41,12 @@ for (const row of document.querySelectorAll('tr')) {
 def write_gallery(samples: Path, title: str) -> Path:
     """Write `samples`/index.html from the step folders beside it; returns its path.
 
-    A clip's caption is what its prompts.json says. The column "held-out" holds the real clips.
+    A clip's caption is what its prompts.json says. The column "validation" holds the real clips.
     """
     # tools.sample leaves folders of its own here (step00000600_ema).
     steps = [folder for folder in sorted(samples.glob("step*"))
              if re.fullmatch(r"step\d+", folder.name)]
-    columns = [folder for folder in (samples / "held_out", *steps)
+    columns = [folder for folder in (samples / "validation", *steps)
                if folder.is_dir() and any(folder.glob("*.mp4"))]
     captions: dict[str, str] = {}
     for folder in columns:
@@ -77,7 +77,9 @@ def _caption(name: str, captions: dict[str, str]) -> str:
 
 
 def _column(folder: str) -> str:
-    return "held-out clip" if folder == "held_out" else f"step {int(folder.removeprefix('step'))}"
+    if folder == "validation":
+        return "validation clip"
+    return f"step {int(folder.removeprefix('step'))}"
 
 
 def _row(name: str, caption: str, columns: list[Path], samples: Path) -> str:

@@ -1,4 +1,4 @@
-"""Two runs on the same held-out samples: the difference of their losses, sample by sample.
+"""Two runs on the same validation samples: the difference of their losses, sample by sample.
 
 Both runs meet each sample at the same t and noise, so what varies between samples cancels and a
 small difference shows. Called by tools.report.
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 
 def steps_of(run_dir: Path) -> list[int]:
-    """Steps with held-out losses per sample."""
+    """Steps with validation losses per sample."""
     files = (run_dir / "validation").glob("step*.jsonl")
     return sorted(int(path.stem.removeprefix("step")) for path in files)
 

@@ -81,8 +81,8 @@ def plot_tags(
     return _finish(figure, axes, title, "step", log)
 
 
-def plot_held_out(runs: Sequence[Curves], modality: str) -> str:
-    """Held-out loss over steps, with the band of its standard error."""
+def plot_validation(runs: Sequence[Curves], modality: str) -> str:
+    """Validation loss over steps, with the band of its standard error."""
     figure = Figure(figsize=SIZE)
     axes = figure.subplots()
     for run in runs:
@@ -97,11 +97,11 @@ def plot_held_out(runs: Sequence[Curves], modality: str) -> str:
             if len(errors) == len(values):
                 axes.fill_between(steps, values - errors, values + errors, color=run.colour,
                                   alpha=0.15, linewidth=0)
-    return _finish(figure, axes, f"held-out {modality} loss, +- standard error", "step", False)
+    return _finish(figure, axes, f"validation {modality} loss, +- standard error", "step", False)
 
 
 def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
-    """The first and the last held-out loss at each t, with its standard error."""
+    """The first and the last validation loss at each t, with its standard error."""
     figure = Figure(figsize=SIZE)
     axes = figure.subplots()
     for run in runs:
@@ -115,7 +115,7 @@ def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
                           yerr=[errors.get(t, 0.0) for t in points] if errors else None,
                           linestyle=style, marker="o", markersize=3, capsize=2, color=run.colour,
                           label=f"{run.label} step {record['step']}")
-    return _finish(figure, axes, f"held-out {modality} loss by t, +- standard error",
+    return _finish(figure, axes, f"validation {modality} loss by t, +- standard error",
                    "t (1 is noise)", True)
 
 
@@ -135,7 +135,7 @@ def plot_attention(run: Curves) -> str:
 
 
 def plot_difference(found: Mapping[str, Mapping[int, Difference]]) -> str:
-    """Paired difference of the video's held-out loss: kind of weights -> step -> mean over t."""
+    """Paired difference of the video's validation loss: kind of weights -> step -> mean over t."""
     figure = Figure(figsize=SIZE)
     axes = figure.subplots()
     for (weights, by_step), style in zip(found.items(), ("o-", "o--"), strict=False):
@@ -145,7 +145,8 @@ def plot_difference(found: Mapping[str, Mapping[int, Difference]]) -> str:
         axes.errorbar(list(by_step), means, yerr=reach, fmt=style, color=COLOURS[0], capsize=3,
                       markersize=3, label=weights)
     axes.axhline(0, color="#999", linewidth=0.8)
-    return _finish(figure, axes, "held-out video loss, B minus A, per sample (95 %)", "step", False)
+    title = "validation video loss, B minus A, per sample (95 %)"
+    return _finish(figure, axes, title, "step", False)
 
 
 def shared_steps(run_a: Path, run_b: Path) -> list[int]:

@@ -1,8 +1,8 @@
 """Samples of a training that runs: fixed prompts and seeds, drawn by all ranks together.
 
-The prompts are held-out samples, whose caption states are stored with them, so that no text encoder
-is loaded beside the model; the noise is that of `tools.sample` with the same captions. Every rank
-draws its share with the same calls in the same order, as ZeRO-3 needs, then decodes what it drew;
+The prompts are validation samples, whose caption states are stored with them, so that no text
+encoder is loaded beside the model; the noise is that of `tools.sample` with the same captions.
+Every rank draws its share with the same calls in the same order, as ZeRO-3 needs, then decodes it;
 the decoders are on the device only for that. The first prompt is drawn twice more: at guidance 1,
 and with the audio stream cut off, which shows whether sound changes the picture. Called by
 train.py.
@@ -39,7 +39,7 @@ class Preview:
     """
 
     run_dir: Path
-    held_out: ValidationSet
+    validation_set: ValidationSet
     wan: str
     tangoflux: str | None
     text_states: dict[str, torch.Tensor]
@@ -82,9 +82,9 @@ def draw_previews(
         engine.train()
     drawing.settle()
     samples = preview.run_dir / "samples"
-    real = [] if (samples / "held_out" / CAPTIONS).is_file() else _stored(prompts, world)
+    real = [] if (samples / "validation" / CAPTIONS).is_file() else _stored(prompts, world)
     on_clip()
-    clips = {f"step{step:08d}": drawn, "held_out": real}
+    clips = {f"step{step:08d}": drawn, "validation": real}
     captions = {_name(place, batch): _title(record)
                 for place, (batch, record) in enumerate(prompts)}
     writing = Attempt(world, gathers=False)
@@ -101,10 +101,10 @@ def draw_previews(
 
 
 def _read_prompts(preview: Preview, step: int) -> list[tuple[Batch, dict[str, Any]]]:
-    """The first held-out samples, each a batch of its own; every rank reads all."""
-    places = range(min(preview.count, len(preview.held_out)))
-    return [(preview.held_out.batch([place], step), preview.held_out.records([place])[0])
-            for place in places]
+    """The first validation samples, each a batch of its own; every rank reads all."""
+    samples = preview.validation_set
+    return [(samples.batch([place], step), samples.records([place])[0])
+            for place in range(min(preview.count, len(samples)))]
 
 
 def _name(place: int, batch: Batch) -> str:
@@ -174,10 +174,11 @@ def _sample(
 
 
 def _stored(prompts: list[tuple[Batch, dict[str, Any]]], world: World) -> list[DrawnClip]:
-    """The held-out clips themselves, as the frozen autoencoders give them back; in turn."""
+    """The validation clips themselves, as the frozen autoencoders give them back; in turn."""
     return [
-        DrawnClip(_name(place, batch), f"held-out clip: {_title(record)}", float(batch.duration[0]),
-              batch.video_latents, batch.audio_mean if batch.has_audio[0] else None)
+        DrawnClip(_name(place, batch), f"validation clip: {_title(record)}",
+                  float(batch.duration[0]), batch.video_latents,
+                  batch.audio_mean if batch.has_audio[0] else None)
         for place, (batch, record) in enumerate(prompts)
         if place % world.world_size == world.rank
     ]
@@ -185,7 +186,7 @@ def _stored(prompts: list[tuple[Batch, dict[str, Any]]], world: World) -> list[D
 
 def _decode(preview: Preview, device: torch.device, clips: dict[str, list[DrawnClip]]) -> None:
     """Write this rank's clips."""
-    data = preview.held_out.opened[0].metadata
+    data = preview.validation_set.opened[0].metadata
     decoders: Decoders | None = None
     try:
         decoders = Decoders(preview.wan, preview.tangoflux, device)

@@ -60,7 +60,7 @@ def summary_table(runs: list[tuple[Path, Curves]]) -> str:
                 best = int(values.argmin())
                 said = (f"{values[0]:.4f} at step {at[0]}; {values[-1]:.4f} at step {at[-1]}; "
                         f"best {values[best]:.4f} at step {at[best]}")
-            rows.setdefault(f"held-out {modality} loss", []).append(said)
+            rows.setdefault(f"validation {modality} loss", []).append(said)
         rate = curves.points("throughput/samples_per_second")[1]
         rows.setdefault("samples/s, median", []).append(
             f"{statistics.median(rate):.3g}" if len(rate) else "")

@@ -1,4 +1,4 @@
-"""Held-out loss that two runs can be compared by: fixed samples, fixed t, fixed noise.
+"""Validation loss that two runs can be compared by: fixed samples, fixed t, fixed noise.
 
 Every sample meets the same t and noise at every step, in t2av and t2v, with raw and averaged
 weights; batches are the same on any number of ranks, so the numbers are too. Each sample's losses
@@ -24,7 +24,7 @@ Losses = tuple[Tensor, Tensor, Tensor]  # video and audio loss, and whether it h
 
 
 class Row(NamedTuple):
-    """One held-out sample."""
+    """One validation sample."""
 
     id: str
     video: list[float]  # per t
@@ -138,7 +138,7 @@ def look_inside(
     engine: Any, gauges: Any, shares: Iterable[tuple[Any, Tensor]],
     forward: Callable[[Any], Any], world: World,
 ) -> dict[str, float]:
-    """Means over held-out samples of every gauge (evaluation.gauges.Gauges); a collective."""
+    """Means over validation samples of every gauge (evaluation.gauges.Gauges); a collective."""
     attempt = Attempt(world, engine.zero_optimization_stage() == 3)
     engine.eval()
     try:

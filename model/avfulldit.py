@@ -86,8 +86,9 @@ class AVFullDiT(nn.Module):
         padded, noisy_audio (B, L, C), audio_text (B, 64, Da), audio_text_mask (B, 64) True on real
         tokens, duration (B,) seconds. Task t2v takes the first three and returns (video, None).
 
-        ``cross_modal`` False masks V <-> A; ``cross_modal_bias`` is added to their logits (init=bias_warmup,
-        from `JointConfig.cross_modal_bias`). ``audio_t`` (B,) is the audio's own t; None shares t.
+        ``cross_modal`` False masks V <-> A; ``cross_modal_bias`` is added to their logits
+        (init=bias_warmup, from `JointConfig.cross_modal_bias`). ``audio_t`` (B,) is the audio's
+        own t; None shares t.
         ``video_text_length`` is how many rows video_text stands for: those left out equal its last
         one (zero padding), whose key and value are computed once. ``audio_present`` (B,) bool
         is False for clips without sound, whose video then hears nothing; None: all have sound.

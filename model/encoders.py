@@ -1,7 +1,7 @@
 """The frozen encoders: Wan's video VAE and umT5, TangoFlux's audio VAE and Flan-T5.
 
 Each class loads from the released layouts (local folder or hub id) and fixes one convention so
-that no caller has to know it: latent normalisation (backbones.md 1.4), text cleaning and trimming
+that no caller has to know it: latent normalisation, text cleaning and trimming
 (1.5), hop and stereo rules (2.3), the 64-row rule of the audio text (2.2, 7). No gradients.
 `data.prepare` encodes with them, `tools.sample` decodes with them.
 """

@@ -2,7 +2,7 @@
 
 Everything random is a pure function of (seed, epoch, sample id) through `flow.keyed_*`: the same
 sample meets the same t and noise on 1 device or 64, in t2av and in t2v, resumed or not. Called by
-train.py for training and for the held-out loss. Eq. 2, 3 and 10 of arXiv 2512.02457.
+train.py for training and for the validation loss. Eq. 2, 3 and 10 of arXiv 2512.02457.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from model.flow import (
     velocity_target,
 )
 
-# Held-out loss is taken at these t, never at random ones, so that two runs compare exactly.
+# Validation loss is taken at these t, never at random ones, so that two runs compare exactly.
 VALIDATION_T = tuple((index + 0.5) / 8 for index in range(8))
 VALIDATION_EPOCH = -1  # its noise is drawn from a stream of its own, the same at every step
 VALIDATION_SEED = 0  # and in every run: runs of different seeds are compared sample by sample
@@ -91,7 +91,7 @@ class Objective:
     def audio_t(self, t: Tensor, sample_ids: Sequence[str], epoch: int) -> Tensor:
         """The audio's t (B,) for the video's ``t`` (B,); the same one by default.
 
-        The held-out grid gives both modalities one t also where training draws them apart.
+        The validation grid gives both modalities one t also where training draws them apart.
         """
         if self.flow.audio_t == "shifted":
             return shifted_audio_t(self.flow, t)

@@ -63,8 +63,8 @@ class JointConfig:
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value in RENAMED.get(name, {}):
-                raise ValueError(f"model.{name}={value} is called {RENAMED[name][value]} now: write "
-                                 f"{name}: {RENAMED[name][value]}")
+                word = RENAMED[name][value]
+                raise ValueError(f"model.{name}={value} is called {word} now: write {name}: {word}")
             if value not in known:
                 raise ValueError(
                     f"model.{name}={value!r} is unknown; use one of "

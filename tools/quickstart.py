@@ -1,7 +1,7 @@
 """The whole product in minutes on a CPU: clips -> shards -> ZeRO-3 training -> an mp4 with sound.
 
 Run by `make quickstart`. It prints each command before running it, and exits non-zero unless the
-held-out loss of both modalities fell and the sampled clip has a picture and sound.
+validation loss of both modalities fell and the sampled clip has a picture and sound.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def step(title: str, *command: str) -> None:
     print(f"== {title}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def held_out(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """First and last held-out losses of a run; QuickstartError if there are not two."""
+def validation_losses(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """First and last validation losses of a run; QuickstartError if there are not two."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise QuickstartError(f"{run_dir} holds no metrics.jsonl")
@@ -49,13 +49,13 @@ def held_out(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
     ]
     losses = [record for record in losses if record]
     if len(losses) < 2:
-        raise QuickstartError(f"{path}: held-out losses measured {len(losses)} times; at least 2 "
+        raise QuickstartError(f"{path}: validation losses measured {len(losses)} times; at least 2 "
                               "are needed to say that they fell")
     return losses[0], losses[-1]
 
 
 def check_losses(first: dict[str, float], last: dict[str, float]) -> None:
-    """Raises QuickstartError unless every held-out loss is below its value at step 0."""
+    """Raises QuickstartError unless every validation loss is below its value at step 0."""
     tags = ("validation/loss_video", "validation/loss_audio")
     for tag in tags:
         if tag not in first or tag not in last:
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] = ()) -> int:
              str(clips / "manifest.jsonl"), "--split", "validation", "--count", "2",
              # Wan's own negative prompt is Chinese, which the tiny text encoder never read.
              "--negative-video", "", "--guidance-video", "3", "--guidance-audio", "3")
-        first, last = held_out(run_dir)
+        first, last = validation_losses(run_dir)
         check_losses(first, last)
         videos = sorted((run_dir / "samples").glob("**/*.mp4"))
         if not videos:
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     print(f"TensorBoard    .venv/bin/tensorboard --logdir {run_dir / 'tb'}")
     print(f"clip           {videos[0]}  (contact sheet {videos[0].with_suffix('.png')})")
     for tag in first:
-        print(f"held-out {tag.split('_')[1]:5s} loss {first[tag]:.4f} -> {last[tag]:.4f}")
+        print(f"validation {tag.split('_')[1]:5s} loss {first[tag]:.4f} -> {last[tag]:.4f}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """One HTML page about a run, or about two: `python -m tools.report RUN [RUN_B] [--out FILE]`.
 
-Curves, held-out loss by t, throughput with restarts, the last samples with their sound, what was
+Curves, validation loss by t, throughput with restarts, the last samples with their sound, what was
 configured and what made the weights; everything is inside the file, which opens offline. With two
-runs every plot holds both, and the paired difference of their held-out losses comes with its
+runs every plot holds both, and the paired difference of their validation losses comes with its
 interval: made for a t2av run and its t2v twin. `--reference metrics.jsonl` draws another run's
 curves beside them, and `--overlay` puts them beside RUN/tb for TensorBoard.
 """
@@ -26,8 +26,8 @@ from evaluation.plots import (
     plot_attention,
     plot_by_t,
     plot_difference,
-    plot_held_out,
     plot_tags,
+    plot_validation,
     shared_steps,
 )
 from evaluation.tables import card_section, read_starts, summary_table, table
@@ -49,7 +49,7 @@ FEW = 6  # samples in the page
 
 
 def paired_section(run_a: Path, run_b: Path) -> str:
-    """The difference of the video's held-out loss, sample by sample."""
+    """The difference of the video's validation loss, sample by sample."""
     steps = shared_steps(run_a, run_b)
     found: dict[str, dict[int, Difference]] = {}
     tables = []
@@ -68,7 +68,7 @@ def paired_section(run_a: Path, run_b: Path) -> str:
             head = ["step", "samples", "mean over t", "lowest t", "highest t"]
             tables.append(f"<h3>{kind.capitalize()}</h3>{table(head, rows)}")
     if not tables:
-        return ("<p>The runs share no held-out sample at any step: nothing can be paired.</p>"
+        return ("<p>The runs share no validation sample at any step: nothing can be paired.</p>"
                 + _not_paired(run_a, run_b, steps))
     return (
         "<p>Loss of B minus loss of A on the same samples, t and noise; below 0, B is better. "
@@ -94,7 +94,7 @@ def plots_section(runs: list[Curves], references: list[Curves]) -> str:
     modalities = [m for m in ("video", "audio")
                   if any(len(run.points(f"train/loss_{m}")[0]) for run in everyone)]
     drawn = [plot_tags(everyone, {f"train/loss_{m}": m}, f"training loss, {m}") for m in modalities]
-    drawn += [plot_held_out(everyone, m) for m in modalities]
+    drawn += [plot_validation(everyone, m) for m in modalities]
     drawn += [plot_by_t(everyone, m) for m in modalities]
     parts = ("video_tower", "audio_tower", "joint_new")
     drawn += [

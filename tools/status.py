@@ -52,7 +52,7 @@ class Run(NamedTuple):
     status: dict[str, Any]
     config: dict[str, Any]
     steps: list[dict[str, Any]]  # training records of metrics.jsonl
-    held_out: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
     jobs: list[dict[str, Any]]  # START and END of each start, by launch/train.sbatch
     skips: list[dict[str, Any]]
     requeues: list[dict[str, Any]]  # what the job decided at each end
@@ -160,9 +160,9 @@ def describe_steps(run: Run) -> list[str]:
     lines.append(f"loss        {last['train/loss']:.4f}  {named(last, 'train/loss_')}  "
                  f"(mean of the last {len(run.steps[-RECENT:])} records "
                  f"{mean(run.steps, 'train/loss'):.4f})")
-    if run.held_out:
-        held = run.held_out[-1]
-        lines.append(f"held-out    {named(held, 'validation/loss_')}  at step {held['step']}")
+    if run.validations:
+        held = run.validations[-1]
+        lines.append(f"validation  {named(held, 'validation/loss_')}  at step {held['step']}")
     return lines
 
 

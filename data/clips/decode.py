@@ -1,7 +1,7 @@
 """One cut of a clip: exactly `frames` pictures and the sound from the same instant t0.
 
 Pictures are chosen by presentation time (the one a player shows at t0 + k/fps), sound is placed
-by its time stamps and cut to whole audio latents (backbones.md 7). Files are judged by what can
+by its time stamps and cut to whole audio latents. Files are judged by what can
 be decoded, never by their header. Called by `data.prepare`, one clip at a time.
 """
 

@@ -23,7 +23,7 @@ from model.weights.hub import one_line_errors
 
 DIT_PATCH = 2  # the video tower's patch in height and width: latents must divide by it
 
-# Wan's own `sample_neg_prompt` (backbones.md 1.6); TangoFlux's negative is "".
+# Wan's own `sample_neg_prompt`; TangoFlux's negative is "".
 VIDEO_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"

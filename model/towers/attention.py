@@ -93,9 +93,9 @@ class Attention:
     ) -> torch.Tensor:
         """query (B, Lq, H, D), key and value (B, Lk, H, D) -> (B, Lq, H, D).
 
-        ``key_bias`` (Lk,) or (B, Lk) is added to the logits: init=bias_warmup's in its first few hundred
-        steps, and -inf on the audio of clips without sound. No flash kernel takes it, so those
-        calls go to PyTorch's SDPA whatever was chosen.
+        ``key_bias`` (Lk,) or (B, Lk) is added to the logits: init=bias_warmup's in its first few
+        hundred steps, and -inf on the audio of clips without sound. No flash kernel takes it, so
+        those calls go to PyTorch's SDPA whatever was chosen.
         """
         kernel = self.resolve(query.device, query.dtype)
         if kernel in PACKAGES and key_bias is None:

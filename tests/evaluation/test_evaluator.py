@@ -211,7 +211,7 @@ def test_a_stop_at_a_sampling_step_leaves_its_samples_to_the_next_start(runs):
 
 
 @pytest.mark.slow
-def test_held_out_losses_are_bit_equal_on_any_ranks(runs):
+def test_validation_losses_are_bit_equal_on_any_ranks(runs):
     assert read_rows(runs / "one", 0) == read_rows(runs / "two", 0)
     assert len(read_rows(runs / "one", 0)) == 3
     silent = [row for row in read_rows(runs / "one", 0).values() if row["audio"] is None]
@@ -219,7 +219,7 @@ def test_held_out_losses_are_bit_equal_on_any_ranks(runs):
 
 
 @pytest.mark.slow
-def test_held_out_scalars_follow_from_the_file(runs):
+def test_validation_scalars_follow_from_the_file(runs):
     for step in (0, STEPS):
         record = next(record for record in read_records(runs / "one")
                       if record["step"] == step and "validation/loss_video" in record)
@@ -249,7 +249,7 @@ def test_samples_are_drawn_by_all_ranks_and_reach_tensorboard(runs):
     page = (runs / "two" / "samples" / "index.html").read_text()
     for place in re.findall(r'src="([^"]+)"', page):
         assert (runs / "two" / "samples" / place).is_file()
-    assert "step 6" in page and "held-out clip" in page and "http" not in page
+    assert "step 6" in page and "validation clip" in page and "http" not in page
     tags = read_events(runs / "two")[0].Tags()
     assert {f"samples/{name}/sound" for name in names} == set(tags["audio"])
     assert {f"samples/{name}/{kind}" for name in names for kind in ("clip", "sheet")} == set(
@@ -284,12 +284,12 @@ def test_every_chart_of_the_layout_shows_something(runs, name):
 @pytest.mark.slow
 def test_validate_only_writes_no_step_twice(runs):
     said = (runs / "said1.txt").read_text().split("resuming at step 6")[1]
-    assert re.search(r"step 6/6  held-out  video \d\.\d+ \+- \d\.\d+", said)
+    assert re.search(r"step 6/6  validation  video \d\.\d+ \+- \d\.\d+", said)
     check_record(runs, "one")
     losses = [record for record in read_records(runs / "one") if "validation/loss_video" in record]
     assert [record["step"] for record in losses] == [0, 3, STEPS]
     assert f"video {losses[-1]['validation/loss_video']:.4f}" in said
-    for line in ("budget: 0 steps to go", "held-out video      first", "python -m tools.report"):
+    for line in ("budget: 0 steps to go", "validation video      first", "python -m tools.report"):
         assert line in said
 
 
@@ -307,7 +307,7 @@ def test_validate_only_leaves_the_runs_own_record_alone(runs):
     before = [(ahead / name).read_bytes() for name in kept]
     said = run([sys.executable, "train.py", f"{runs}/run.yaml", "task=t2v", "max_steps=3",
                 f"run_dir={ahead}", "validate_only=true", "validation_samples=2"]).stdout
-    assert "step 3/3  held-out  video" in said and "validated: step 3" in said
+    assert "step 3/3  validation  video" in said and "validated: step 3" in said
     assert [(ahead / name).read_bytes() for name in kept] == before
     assert json.loads((ahead / "status.json").read_text())["state"] == "done"
 
@@ -326,7 +326,7 @@ def test_report_of_two_runs_is_one_file_that_opens_offline(runs, monkeypatch, ca
     page = (runs / "one" / "report.html").read_text()
     places = re.findall(r'(?:src|href)="([^"]{5})', page)
     assert places and all(place in ("data:", "#m") or place.startswith("#") for place in places)
-    for text in ("Paired difference, B minus A", "held-out video loss", "A: one", "B: t2v",
+    for text in ("Paired difference, B minus A", "validation video loss", "A: one", "B: t2v",
                  "samples per second", "<summary>run.json", "data:video/mp4;base64"):
         assert text in page, text
     assert page.count("reference two") >= 4  # in each plot of losses

@@ -53,10 +53,10 @@ def test_independent_t_depends_on_the_sample_alone(batch):
     one = ours.audio_t(t[1:], IDS[1:], 3)
     assert torch.equal(one, ours.audio_t(t, IDS, 3)[1:])
     assert not torch.equal(one, ours.audio_t(t[1:], IDS[1:], 4))
-    assert torch.equal(ours.audio_t(t, IDS, VALIDATION_EPOCH), t)  # the held-out grid is one t
+    assert torch.equal(ours.audio_t(t, IDS, VALIDATION_EPOCH), t)  # the validation grid is one t
 
 
-def test_held_out_noise_is_that_of_every_run_and_training_noise_is_the_runs_own(batch):
+def test_validation_noise_is_that_of_every_run_and_training_noise_is_the_runs_own(batch):
     ours, other = objective(), Objective("t2av", 7, FlowConfig())
     t = torch.full((2,), 0.5)
     for epoch, same in ((VALIDATION_EPOCH, True), (0, False)):
@@ -80,7 +80,7 @@ def test_t2v_meets_no_audio(batch):
 
 
 def test_text_on_its_distinct_rows_equals_the_plain_path(batch):
-    """Outputs and every gradient; performance.md rank 9: the padding is computed once, not cut."""
+    """Outputs and every gradient; the padding is computed once, not cut."""
     results = []
     for rows in (64, 32, 10):
         torch.manual_seed(1)

@@ -99,7 +99,7 @@ def test_permuted_tokens_with_their_positions(variant, seed, index):
 @given(st.integers(2, 6), st.integers(1, 12), st.sampled_from(["wan", "hybrid"]),
        st.sampled_from([32, 64, 128]))
 def test_equal_time_is_equal_angle(tau, frame, layout, head_dim):
-    """Eq. 12: audio index tau p and video index p turn alike under wan and hybrid, not under native."""
+    """Eq. 12: audio index tau p and video index p turn alike under wan and hybrid alone."""
     axes = (head_dim // 4, head_dim // 4, head_dim // 2)
     pairs = video_axes(head_dim)[0] // 2
     video = video_rope(frame + 1, 1, 1, head_dim, CPU)

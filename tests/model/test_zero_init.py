@@ -55,7 +55,7 @@ ERRORS = {"rope error", "long rope error", "rotation error", "sinusoid error"}  
 
 
 def test_dtype_table(result):
-    """Weights follow the engine; what backbones.md computes in float32 stays float32."""
+    """Weights follow the engine; what the originals compute in float32 stays float32."""
     for build, weights in (("plain", "float32"), ("bf16 engine", "bfloat16"),
                            ("zero.Init", "bfloat16")):
         table = result["dtypes"][build]

@@ -9,7 +9,7 @@ import pytest
 from data.clips.decode import CutSpec
 from data.clips.mux import write_clip
 from tools import quickstart
-from tools.quickstart import QuickstartError, check_clip, check_losses, held_out
+from tools.quickstart import QuickstartError, check_clip, check_losses, validation_losses
 
 RATE = 16000
 SPEC = CutSpec(fps=24, frames=9, height=64, width=96)
@@ -51,19 +51,19 @@ def test_a_missing_loss_fails(tag):
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "train/loss": 1.0}], [{"step": 0} | FIRST]])
 def test_a_run_without_two_validations_fails(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(QuickstartError, match="held-out losses .* at least 2"):
-        held_out(tmp_path)
+    with pytest.raises(QuickstartError, match="validation losses .* at least 2"):
+        validation_losses(tmp_path)
 
 
-def test_first_and_last_held_out_losses(tmp_path):
+def test_first_and_last_validation_losses(tmp_path):
     lines = [{"step": 0} | FIRST, {"step": 1, "train/loss": 1.0}, {"validation/loss_video": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert held_out(tmp_path) == (FIRST, {"validation/loss_video": 1.0})
+    assert validation_losses(tmp_path) == (FIRST, {"validation/loss_video": 1.0})
 
 
 def test_a_run_without_metrics_fails(tmp_path):
     with pytest.raises(QuickstartError, match="no metrics.jsonl"):
-        held_out(tmp_path)
+        validation_losses(tmp_path)
 
 
 def test_a_clip_with_picture_and_sound_passes(tmp_path):

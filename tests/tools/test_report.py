@@ -30,7 +30,7 @@ def metadata(tmp_path_factory):
 
 
 def write_run(folder, task, metadata, rows, data=None):
-    """A run directory without checkpoints; `rows` by weights are its held-out losses at step 5."""
+    """A run directory without checkpoints; `rows` by weights: losses at step 5."""
     (folder / "config").mkdir(parents=True)
     config = dataclasses.replace(towers.CONFIG, task=task)
     for name, values in (("run", {"task": task, "data": data or {"root": "shards/set"}}),
@@ -98,9 +98,9 @@ def test_an_id_that_a_run_holds_twice_is_named_and_not_paired(twins):
 
 def test_only_what_some_run_has_is_drawn(twins):
     page = report.build_page(list(twins), [])
-    assert "training loss, video" in page and "held-out video loss by t" in page
+    assert "training loss, video" in page and "validation video loss by t" in page
     for title in ("learning rate", "gradient norm by part", "update / weights by part",
-                  "held-out audio loss"):
+                  "validation audio loss"):
         assert f"<!-- {title}" not in page, title
 
 

@@ -59,7 +59,7 @@ def test_everything_is_told(folder):
         "step        40 of 100, 40.0 %, time left 0:00:30",
         "speed       0.5 s a step, 16 samples/s",
         "loss        1.0000  video 0.4000  audio 0.6000  (mean of the last 20 records 1.0000)",
-        "held-out    video 0.3000  audio 0.7000  at step 20",
+        "validation  video 0.3000  audio 0.7000  at step 20",
         "checkpoint  step 30, 0 s ago, whole: 1 files, 5e-09 GB, written by 4 ranks; 1 there",
         "job         7-1 on n[1-2], 4 ranks, started 3 min ago",
         "starts      2, on n[1-2]; requeued 1 times, 1 of them by the job itself",

@@ -1,4 +1,4 @@
-"""After a short run from the shipped towers, held-out clips fit their own captions best."""
+"""After a short run from the shipped towers, validation clips fit their own captions best."""
 
 import json
 import sys
@@ -14,14 +14,14 @@ from model.objective import VALIDATION_EPOCH, VALIDATION_T, Objective
 from tests.support.launch import run
 from training.checkpoint.save_load import read_weights
 
-TRAIN, HELD_OUT, STEPS = 16, 10, 6
+TRAIN, CLIPS, STEPS = 16, 10, 6
 
 
 @pytest.mark.slow
 def test_shuffled_captions_raise_both_losses(tmp_path):
     python = [sys.executable, "-m"]
     run([*python, "playground.world", f"{tmp_path}/clips", "--clips", str(TRAIN),
-         "--validation", str(HELD_OUT), "--seed", "77"])
+         "--validation", str(CLIPS), "--seed", "77"])
     run([*python, "data.prepare", f"{tmp_path}/clips/manifest.jsonl", f"{tmp_path}/shards",
          "--wan", "weights/playground/wan", "--tangoflux", "weights/playground/tangoflux",
          "--height", "64", "--width", "96", "--frames", "25", "--video-text-length", "64"])
@@ -32,8 +32,8 @@ def test_shuffled_captions_raise_both_losses(tmp_path):
     values = json.loads(Path(tmp_path / "run" / "config" / "model.json").read_text())
     model = AVFullDiT(AVFullDiTConfig.from_dict(values))
     model.load_state_dict(read_weights(tmp_path / "run")[1])
-    batch = ValidationSet(DataConfig(root=str(tmp_path / "shards"))).batch(list(range(HELD_OUT)))
-    order = torch.arange(HELD_OUT).roll(HELD_OUT // 2)
+    batch = ValidationSet(DataConfig(root=str(tmp_path / "shards"))).batch(list(range(CLIPS)))
+    order = torch.arange(CLIPS).roll(CLIPS // 2)
     shuffled = batch._replace(
         video_text=batch.video_text[order], audio_text=batch.audio_text[order],
         audio_text_mask=batch.audio_text_mask[order],
@@ -44,7 +44,7 @@ def test_shuffled_captions_raise_both_losses(tmp_path):
         for captions in (batch, shuffled):
             totals = torch.zeros(2)
             for value in VALIDATION_T:  # the same t and noise for both: only captions differ
-                t = torch.full((HELD_OUT,), value)
+                t = torch.full((CLIPS,), value)
                 noised = objective.noise(captions, t, VALIDATION_EPOCH, torch.device("cpu"))
                 totals += torch.stack([part.mean() for part in objective.losses(model, noised)])
             losses.append(totals / len(VALIDATION_T))

@@ -31,8 +31,8 @@ def train(folder: Path, shards: Path, global_batch: int) -> dict[int, float]:
          f"data.root={shards}", "data.validation_split=train", f"deepspeed={ds_config}",
          f"global_batch_size={global_batch}", f"max_steps={STEPS}", "validate_every=20",
          "validation_samples=4", "save_every=1000"])
-    held_out = records(folder / "run", "validation/loss_audio")
-    assert held_out[STEPS] < held_out[0]
+    audio = records(folder / "run", "validation/loss_audio")
+    assert audio[STEPS] < audio[0]
     return records(folder / "run", "train/loss")
 
 

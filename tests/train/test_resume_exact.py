@@ -117,7 +117,7 @@ def test_cut_and_resumed_is_the_same_run(world):
 
 @pytest.mark.faults(seconds=120)
 def test_every_engine_resumes_bit_for_bit(world):
-    """The cut run measures held-out losses once more, at the cut."""
+    """The cut run measures validation losses once more, at the cut."""
     uses = {name: (f"deepspeed={world}/{name}.json", f"validate_every={STEPS}")
             for name in ENGINES if name != "fp32_zero3"}
     run(world, 2, *[(f"straight_{name}", *use) for name, use in uses.items()],
@@ -129,7 +129,7 @@ def test_every_engine_resumes_bit_for_bit(world):
 
 @pytest.mark.faults(seconds=110)
 def test_1_2_4_ranks_and_back(world):
-    def go(ranks: int, *runs: tuple[str, ...]) -> None:  # no held-out loss is asked for below
+    def go(ranks: int, *runs: tuple[str, ...]) -> None:  # no validation loss is asked for below
         run(world, ranks, *((*one, "validate_every=null") for one in runs))
 
     go(1, ("alone",), *[(f"from1to{to}", "max_steps=3") for to in (2, 4)])

@@ -170,7 +170,7 @@ def test_resume_is_bit_exact_and_records_no_step_twice(runs):
 
 
 @pytest.mark.slow
-def test_held_out_loss_is_the_same_on_any_world_size(runs):
+def test_validation_loss_is_the_same_on_any_world_size(runs):
     for tag in ("validation/loss_video", "validation/loss_audio"):
         expected = records(runs / "zero0", tag)
         assert sorted(expected) == [0, 3, 6, 9, STEPS]

@@ -1,6 +1,6 @@
 """What training can do without: a failure on one rank is heard by all, and ends nothing.
 
-Held-out losses, gauges and samples (evaluation.evaluator) are worked out by every rank for itself
+Validation losses, gauges and samples (evaluation.evaluator) are worked out by every rank for itself
 and then gathered. A rank that fails goes on to that gather, so that the others do not wait for it.
 """
 

@@ -31,7 +31,7 @@ class WatchdogConfig:
     data: float = 900.0  # one batch
     compute: float = 900.0  # one step; the first one compiles
     checkpoint: float = 3600.0
-    validation: float = 900.0  # one held-out batch
+    validation: float = 900.0  # one validation batch
     sampling: float = 1800.0  # one clip, or decoding a rank's share
 
     def __post_init__(self) -> None:

@@ -157,12 +157,12 @@ def summary(
                              if tag.startswith("validation/loss_")):
         found = {record["step"]: record[tag] for record in records if tag in record}
         best = min(found, key=lambda step: found[step])
-        lines.append(f"  held-out {tag.removeprefix('validation/loss_'):10s} first "
+        lines.append(f"  validation {tag.removeprefix('validation/loss_'):10s} first "
                      f"{found[min(found)]:.4f}  last {found[max(found)]:.4f}  "
                      f"best {found[best]:.4f} at step {best}")
     places: dict[str, Any] = {
         "curves": run_dir / "tb", "numbers": run_dir / "metrics.jsonl",
-        "held-out": run_dir / "validation", "checkpoints": run_dir / "checkpoints",
+        "validation": run_dir / "validation", "checkpoints": run_dir / "checkpoints",
         "samples": run_dir / "samples" / "index.html", "logs": run_dir / "logs",
     }
     lines += [f"  {name:11s} {place}" for name, place in places.items() if os.path.exists(place)]

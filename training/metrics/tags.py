@@ -29,7 +29,7 @@ SCALARS = {
     "time/data_slowest_rank": "which rank that was",
     "time/forward_slowest_rank": "which rank that was",
     "time/checkpoint_seconds": "since the last record, in total",
-    "time/validation_seconds": "the same; held-out losses and everything under health/",
+    "time/validation_seconds": "the same; validation losses and everything under health/",
     "time/sampling_seconds": "since the last record, in total",
     "throughput/samples_per_second": "over all ranks",
     "throughput/video_tokens_per_second": "over all ranks",
@@ -41,15 +41,15 @@ SCALARS = {
     "memory/reserved_gib": "the same, held by torch",
     "memory/host_rss_gib": "resident memory of rank 0",
     "health/update_ratio_{part}": "size of the last update against that of the weights",
-    "health/activation_{part}": "RMS of a part's last tokens on held-out samples at t = 0.5",
+    "health/activation_{part}": "RMS of a part's last tokens on validation samples at t = 0.5",
     "health/attention_audio_to_video/{layer}":
         "share of audio's attention that lies on video; not in `fusion: cross`",
     "health/attention_video_to_audio/{layer}": "share of video's attention that lies on audio",
     "health/loss_video_t/{t}": "training loss of draws of t in this eighth since the last record",
     "health/loss_audio_t/{t}": "the same; by the video's t",
-    "validation/loss_{modality}": "held-out loss: mean over samples and 8 fixed t",
+    "validation/loss_{modality}": "validation loss: mean over samples and 8 fixed t",
     "validation/stderr_{modality}": "its standard error over samples",
-    "validation_t/{modality}/{t}": "held-out loss at one t",
+    "validation_t/{modality}/{t}": "validation loss at one t",
 }
 
 

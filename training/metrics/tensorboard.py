@@ -35,7 +35,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "seconds of a step": ["Multiline", [r"time/(step|data|compute)_seconds$"]],
         "share of the peak": ["Multiline", [r"throughput/mfu$"]],
     },
-    "Held-out loss by t": {
+    "Validation loss by t": {
         "video": ["Multiline", [r"validation_t/video"]],
         "audio": ["Multiline", [r"validation_t/audio"]],
     },

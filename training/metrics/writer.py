@@ -1,6 +1,6 @@
 """What a run says: one console line per log step, TensorBoard, and `metrics.jsonl`.
 
-The jsonl is the record of truth: one object per step and kind (training, health, held-out) at
+The jsonl is the record of truth: one object per step and kind (training, health, validation) at
 most, never one twice, also after a resume. TensorBoard is drawn from the same numbers. Only rank
 0 writes, and nothing that cannot be written stops it. training.metrics.tags tells what each tag
 means.
@@ -25,7 +25,7 @@ from common.files import keep_lines_before, mend_last_line, read_lines, write_js
 from training.metrics.tensorboard import Events
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
-HELD_OUT = ("validation/loss_video", "validation/loss_audio")
+VALIDATION_LOSSES = ("validation/loss_video", "validation/loss_audio")
 
 
 class MetricWriter:
@@ -102,8 +102,8 @@ class MetricWriter:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def held_out(self, step: int, values: dict[str, float], recorded: bool = False) -> None:
-        """Held-out losses: a record of their own, unless they are ``recorded``, and a line."""
+    def validation(self, step: int, values: dict[str, float], recorded: bool = False) -> None:
+        """Validation losses: a record of their own, unless they are ``recorded``, and a line."""
         if self.run_dir is None:
             return
         if not recorded:
@@ -112,14 +112,14 @@ class MetricWriter:
             f"{tag.removeprefix('validation/loss_')} {values[tag]:.4f} "
             f"+- {values[tag.replace('/loss', '/stderr')]:.4f}"
             for tag in values if tag.startswith("validation/loss_"))
-        self.say(f"step {step}/{self.max_steps}  held-out  {losses}")
+        self.say(f"step {step}/{self.max_steps}  validation  {losses}")
 
     def validated(self, step: int) -> bool:
-        """Whether a step's held-out losses are on record; rank 0 alone knows."""
+        """Whether a step's validation losses are on record; rank 0 alone knows."""
         if self.run_dir is None:
             return False
         return any(record["step"] == step for record in read_records(self.run_dir)
-                   if HELD_OUT[0] in record)
+                   if VALIDATION_LOSSES[0] in record)
 
     def say(self, message: str) -> None:
         """A line for people; flushed, because jobs write to files."""
@@ -155,7 +155,7 @@ class MetricWriter:
                               [part for part, never in absent.items() if never])
 
     def _metrics(self, run: Mapping[str, Any]) -> list[str]:
-        return list(HELD_OUT if run["task"] == "t2av" else HELD_OUT[:1])
+        return list(VALIDATION_LOSSES if run["task"] == "t2av" else VALIDATION_LOSSES[:1])
 
     def close(self, step: int, run: Mapping[str, Any]) -> None:
         if self.run_dir is None:
@@ -173,7 +173,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def drop_steps_from(run_dir: Path, first_step: int) -> None:
-    """Delete held-out rows and samples of `first_step` and later; what cannot be deleted is told.
+    """Delete validation rows and samples of `first_step` and later; what cannot be deleted is told.
 
     Only by the names that training gives: those of tools.sample and of copies stay.
     """
@@ -205,7 +205,7 @@ class Clock:
         away = sum((spent or {}).get(phase, 0.0) for phase in NO_STEP)
         seconds = (now - self.last - away) / steps
         self.last = now
-        if self.average is not None:  # a start's own held-out losses and samples do not come again
+        if self.average is not None:  # a start's own validation and samples do not come again
             self.away, self.steps = self.away + away, self.steps + steps
         self.average = seconds if self.average is None else 0.9 * self.average + 0.1 * seconds
         return seconds

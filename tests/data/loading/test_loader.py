@@ -100,8 +100,9 @@ def test_batch_has_the_schema(shards):
 
 
 def test_clips_without_sound_are_told_apart(tmp_path):
-    held_out = ValidationSet(DataConfig(str(write_shards(tmp_path / "mixed", 4, 6, silent=3))))
-    batch = held_out.batch(list(range(6)))
+    root = write_shards(tmp_path / "mixed", 4, 6, silent=3)
+    validation_set = ValidationSet(DataConfig(str(root)))
+    batch = validation_set.batch(list(range(6)))
     assert batch.has_audio.tolist() == [True, True, False] * 2
     assert batch.has_audio.dtype == torch.bool
     for stored in (batch.audio_mean, batch.audio_std):
@@ -110,17 +111,17 @@ def test_clips_without_sound_are_told_apart(tmp_path):
 
 
 def test_latents_are_normalised_at_load(shards):
-    held_out, metadata = ValidationSet(DataConfig(str(shards))), load_metadata(shards)
-    raw = torch.from_numpy(held_out.dataset[2]["video_latents"].astype(np.float32))
+    validation_set, metadata = ValidationSet(DataConfig(str(shards))), load_metadata(shards)
+    raw = torch.from_numpy(validation_set.dataset[2]["video_latents"].astype(np.float32))
     mean, std = (torch.tensor(v) for v in (metadata.latents_mean, metadata.latents_std))
     expected = (raw - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-    assert torch.equal(held_out.batch([4, 2]).video_latents[1], expected)
+    assert torch.equal(validation_set.batch([4, 2]).video_latents[1], expected)
 
 
-def test_held_out_samples_by_index(shards):
-    held_out = ValidationSet(DataConfig(str(shards)))
-    assert len(held_out) == HELD
-    assert held_out.batch([3, 0, 3]).sample_ids == [
+def test_validation_samples_by_index(shards):
+    validation_set = ValidationSet(DataConfig(str(shards)))
+    assert len(validation_set) == HELD
+    assert validation_set.batch([3, 0, 3]).sample_ids == [
         "validation003",
         "validation000",
         "validation003",
@@ -167,7 +168,7 @@ def test_impossible_batches_are_refused(shards, batch, world, nodes, message):
         build_loader(config, batch, 0, world, 0)
 
 
-def test_no_held_out_split_is_named(shards):
+def test_no_validation_split_is_named(shards):
     with pytest.raises(DataError, match="no split 'test'"):
         ValidationSet(DataConfig(str(shards), validation_split="test"))
 

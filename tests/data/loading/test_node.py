@@ -57,11 +57,11 @@ def job(root, barrier, results, hold):
     look_together(barrier)
     config = DataConfig(str(root), num_workers=0, cache_limit="1gb")
     ids = next(build_loader(config, 4, 0, 1, 3))[1].sample_ids
-    held_out = ValidationSet(config)
+    validation_set = ValidationSet(config)
     results.put((os.getpid(), node.job_number(), ids))
     while not hold.exists():  # a file: an Event would be waited for by a killed process for ever
         time.sleep(0.1)
-    held_out.batch([0])
+    validation_set.batch([0])
     results.put((os.getpid(), node.job_number(), ids))
 
 

@@ -152,12 +152,12 @@ def test_a_resume_forgets_the_substitutions_of_steps_it_repeats(copy, layout):
     assert job.ledger.read_text() == whole
 
 
-def test_held_out_samples_are_substituted_and_told_too(copy):
+def test_validation_samples_are_substituted_and_told_too(copy):
     config = DataConfig(str(copy), on_bad_shard="substitute", max_substituted_fraction=0.9,
                         validation_split="train")
     spoil("bad", sorted((copy / "train").glob("*.zstd"))[0])
-    held_out = ValidationSet(config, copy / "ledger.jsonl")
-    [used] = held_out.batch([0], step=7).sample_ids
+    validation_set = ValidationSet(config, copy / "ledger.jsonl")
+    [used] = validation_set.batch([0], step=7).sample_ids
     [line] = map(json.loads, (copy / "ledger.jsonl").read_text().splitlines())
     assert (line["step"], line["sample"], line["used"]) == (7, 0, used) and used != "train000"
 

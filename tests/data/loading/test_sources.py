@@ -94,11 +94,11 @@ def test_proportions_are_exact_over_an_epoch(roots):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("samples", [None, 6])
-def test_held_out_choice_is_the_same_on_any_ranks(roots, world, samples):
-    held_out = ValidationSet(config(roots))
+def test_validation_choice_is_the_same_on_any_ranks(roots, world, samples):
+    validation_set = ValidationSet(config(roots))
     taken, calls = [], set()
     for rank in range(world):
-        shares = list(held_out.shares(samples, 2, rank, world, 0))
+        shares = list(validation_set.shares(samples, 2, rank, world, 0))
         calls.add(tuple(batch.video_latents.shape for batch, _ in shares))
         taken += [name for batch, real in shares
                   for name, kept in zip(batch.sample_ids, real.tolist(), strict=True) if kept]
@@ -111,9 +111,9 @@ def test_held_out_choice_is_the_same_on_any_ranks(roots, world, samples):
 
 
 def test_duration_follows_the_stream(roots):
-    held_out = ValidationSet(config(roots))
-    assert held_out.batch([0]).duration.tolist() == pytest.approx([9 / 24])
-    assert held_out.batch([8]).duration.tolist() == pytest.approx([13 / 24])
+    validation_set = ValidationSet(config(roots))
+    assert validation_set.batch([0]).duration.tolist() == pytest.approx([9 / 24])
+    assert validation_set.batch([8]).duration.tolist() == pytest.approx([13 / 24])
 
 
 @pytest.mark.parametrize("values, message", [

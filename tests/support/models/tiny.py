@@ -1,7 +1,7 @@
 """Tiny random backbones on disk in the released layouts, and tiny clips; shared by the tests.
 
 `write_wan` and `write_tangoflux` go through the diffusers and transformers classes themselves, so
-that names and shapes are theirs, not ours. Both towers share head_dim 16 (backbones.md 6).
+that names and shapes are theirs, not ours. Both towers share head_dim 16.
 Every weight is off its start: norms of one would hide one that is in another's place.
 """
 

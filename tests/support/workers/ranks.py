@@ -19,7 +19,7 @@ from data.schema import DataError
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank does: read `steps` batches from `first` on, then a share of the held-out."""
+    """What every rank does: read `steps` batches from `first` on, then a share of validation."""
 
     config: DataConfig
     world: int
@@ -65,8 +65,8 @@ def read_job(job: Job, rank: int) -> dict[str, Any]:
             shape = tuple(batch.video_latents.shape[1:])
             weights = dict(zip(batch.sample_ids, batch.audio_weight.tolist(), strict=True))
             found["batches"].append((epoch, batch.sample_ids, shape, weights))
-        held_out = ValidationSet(job.config, ledger)
-        for batch, real in held_out.shares(None, 2, rank, job.world, job.steps):
+        validation_set = ValidationSet(job.config, ledger)
+        for batch, real in validation_set.shares(None, 2, rank, job.world, job.steps):
             found["held"].append((batch.sample_ids, real.tolist(), batch.video_latents.shape[1:]))
     except DataError as error:
         found["error"] = str(error)

@@ -76,7 +76,7 @@ def test_a_real_allocation_that_fails_is_one():
 
 @pytest.mark.faults
 def test_what_fails_on_one_rank_between_steps_ends_no_training(tmp_path):
-    """Held-out losses, gauges and decoders of rank 1 fail; both ranks hear it, and train on."""
+    """Validation losses, gauges and decoders of rank 1 fail; both ranks hear it, and train on."""
     root = write_world(tmp_path)
     arguments = [f"{root}/run.yaml", f"run_dir={root}/run", "validate_every=4", "health_every=4",
                  "sample_every=8", "samples.num_steps=2"]

@@ -110,7 +110,7 @@ def test_stops_after_the_step_saves_and_goes_on_bit_for_bit(runs, name, state, r
     for rank in (0, 1):
         expected = lines(folder / "whole" / f"weights_rank{rank}.jsonl")
         assert lines(folder / name / f"weights_rank{rank}.jsonl") == expected
-    # Held-out losses that the stop left out are there, and none twice.
+    # Validation losses that the stop left out are there, and none twice.
     held = [line["step"] for line in lines(folder / name / "metrics.jsonl")
             if "validation/loss_video" in line]
     assert held == [0, 4, 8]

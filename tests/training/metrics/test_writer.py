@@ -14,7 +14,7 @@ def test_a_record_behind_a_torn_line_is_not_lost(tmp_path, first_step, torn):
     path.write_text(whole + torn)  # a power cut in the middle of a write
     assert read_records(tmp_path)[0] == {"step": 2, "train/loss": 1.0}
     writer = MetricWriter(tmp_path, first_step)
-    writer.held_out(4, {"validation/loss_video": 2.0, "validation/stderr_video": 0.5})
+    writer.validation(4, {"validation/loss_video": 2.0, "validation/stderr_video": 0.5})
     writer.events.close()
     records = read_records(tmp_path)
     mended = [3] if torn == '{"step": 3}' else []  # it lacks its end alone
@@ -23,7 +23,7 @@ def test_a_record_behind_a_torn_line_is_not_lost(tmp_path, first_step, torn):
 
 
 def write_future(run_dir) -> set[str]:
-    """Held-out rows and samples of STEPS, with what others put beside them; all paths."""
+    """Validation rows and samples of STEPS, with what others put beside them; all paths."""
     for step in STEPS:
         path = run_dir / "validation" / f"step{step:08d}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ def write_future(run_dir) -> set[str]:
             folder = run_dir / "samples" / f"step{step:08d}{name}"
             folder.mkdir(parents=True)
             (folder / "00_a.mp4").touch()
-    (run_dir / "samples" / "held_out").mkdir()
+    (run_dir / "samples" / "validation").mkdir()
     return paths(run_dir)
 
 
