@@ -18,7 +18,7 @@ from model import AVFullDiTConfig, JointConfig
 from model.flow import FlowConfig
 from model.variants import renamed
 from model.weights.load import check_weights, config_from_files
-from training.checkpoint.contents import MANIFEST, read_manifest
+from training.checkpoint.contents import MANIFEST, read_contents
 from training.checkpoint.resume import check_resume, describe_run
 from training.checkpoint.retention import Found, complete_tags, find_checkpoint
 from training.checkpoint.run_dir import CheckpointError
@@ -157,12 +157,12 @@ def find_resume(config: RunConfig, plan: Plan, world: World) -> tuple[Found | No
 
 def _in_todays_words(found: Found) -> Found:
     """A checkpoint of an earlier commit, as this one would have described its run."""
-    run = found.manifest.run
+    run = found.contents.run
     if not run:
         return found
     settings = run["config"] | {"model": renamed(run["config"]["model"])}
     run = run | {"config": settings, "model": renamed(run["model"])}
-    return found._replace(manifest=dataclasses.replace(found.manifest, run=run))
+    return found._replace(contents=dataclasses.replace(found.contents, run=run))
 
 
 def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
@@ -180,7 +180,7 @@ def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
             raise CheckpointError(f"{run_dir}/checkpoints holds checkpoints but none is whole: "
                                   "move them away to start afresh")
         return [f"{run_dir}: no checkpoint; a start begins from the pretrained backbones"]
-    found = Found(tags[-1], read_manifest(tags[-1]), {}, {})
+    found = Found(tags[-1], read_contents(tags[-1]), {}, {})
     changed = check_resume(_in_todays_words(found), plan.about, MODEL_DEFAULTS)
     return [f"a start resumes {found.tag}", *changed]
 

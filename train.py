@@ -106,7 +106,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
 
     # Find the checkpoint to go on from. A run that has changed in what must stay ends here.
     found, changes = find_resume(config, plan, world)
-    first, kept = (found.manifest.step, found.manifest.run) if found else (0, {})
+    first, kept = (found.contents.step, found.contents.run) if found else (0, {})
     # Records from this step on are made again; validate_only makes none and drops none.
     rewrite_from = None if config.validate_only else first + 1 if first else 0
 

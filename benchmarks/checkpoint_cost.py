@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from common.ranks import World, barrier, resolve_world
-from training.checkpoint.contents import read_manifest
+from training.checkpoint.contents import read_contents
 from training.checkpoint.retention import Retention, find_checkpoint
 from training.checkpoint.save_load import load_checkpoint, save_checkpoint
 from training.distributed import shutdown, start
@@ -83,7 +83,7 @@ def main() -> None:
 
     tag = save()
     if world.is_main:
-        size = sum(size for size, _ in read_manifest(tag).files.values())
+        size = sum(size for size, _ in read_contents(tag).files.values())
         print(f"{count:,} parameters, ZeRO-{arguments.stage}, {world.world_size} ranks: "
               f"{size / count:.3f} bytes per parameter with EMA, manifest "
               f"{(tag / 'manifest.json').stat().st_size:,} bytes")

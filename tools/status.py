@@ -19,7 +19,7 @@ from cluster.requeue import HOPELESS
 from common.durations import as_clock, in_words
 from common.files import read_lines
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
-from training.checkpoint.contents import MANIFEST, read_manifest, wrong_size
+from training.checkpoint.contents import MANIFEST, read_contents, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
 from training.guards.run_state import TIME_FORMAT, is_told, read_status
 
@@ -173,11 +173,11 @@ def describe_checkpoint(run: Run) -> str:
         return "none yet"
     tag = tags[-1]
     try:
-        manifest = read_manifest(tag)
-        wrong = wrong_size(tag, manifest)
-        size = sum(count for count, _ in manifest.files.values())
-        told = wrong or (f"whole: {len(manifest.files)} files, {size / 1e9:.3g} GB, written by "
-                         f"{manifest.world_size} ranks")
+        contents = read_contents(tag)
+        wrong = wrong_size(tag, contents)
+        size = sum(count for count, _ in contents.files.values())
+        told = wrong or (f"whole: {len(contents.files)} files, {size / 1e9:.3g} GB, written by "
+                         f"{contents.world_size} ranks")
     except (CheckpointError, OSError) as error:
         told = str(error)
     age = in_words(run.now - (tag / MANIFEST).stat().st_mtime)

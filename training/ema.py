@@ -11,26 +11,26 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 
-from training.zero_state import find_shards, publish_weights
+from training.zero_state import find_buffers, publish_weights
 
 
 class EMA:
     """Starts as the engine's weights.
 
     Attributes:
-        flats: one fp32 tensor per shard of the engine, laid out like it.
+        flats: one fp32 tensor per buffer of the engine, laid out like it.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, decay: float) -> None:
         self.engine, self.decay = engine, decay
-        self.shards = find_shards(engine)
-        self.flats = [shard.flat.clone() for shard in self.shards]
+        self.buffers = find_buffers(engine)
+        self.flats = [buffer.flat.clone() for buffer in self.buffers]
 
     @torch.no_grad()
     def update(self) -> None:
         """After every optimiser step; one that was skipped does not count."""
         if self.engine.was_step_applied():
-            weights = [shard.flat for shard in self.shards]
+            weights = [buffer.flat for buffer in self.buffers]
             torch._foreach_lerp_(self.flats, weights, 1 - self.decay)
 
     @contextmanager
@@ -47,8 +47,9 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        kept = [shard.flat.clone() for shard in self.shards]  # all first: no memory, no half swap
-        for shard, flat, weights in zip(self.shards, self.flats, kept, strict=True):
-            shard.flat.copy_(flat)
+        # All first: no memory, no half swap.
+        kept = [buffer.flat.clone() for buffer in self.buffers]
+        for buffer, flat, weights in zip(self.buffers, self.flats, kept, strict=True):
+            buffer.flat.copy_(flat)
             flat.copy_(weights)
         publish_weights(self.engine)

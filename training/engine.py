@@ -18,7 +18,7 @@ from torch import nn
 from common.ranks import World
 from training.distributed import on_gpu
 from training.ds_config import zero_stage
-from training.zero_state import find_shards
+from training.zero_state import find_buffers
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def build_engine(
         kind = torch.optim.AdamW if zero_stage(ds_config) else SkippingAdamW
         adam = kind(groups, fused=on_gpu(), **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=ds_config)
-    find_shards(engine)  # refuses, before the first step, what no checkpoint could hold
+    find_buffers(engine)  # refuses, before the first step, what no checkpoint could hold
     return engine, base_rates
 
 

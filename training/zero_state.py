@@ -1,7 +1,7 @@
 """This rank's fp32 training state, whatever keeps it: which elements of which parameter lie where.
 
 DeepSpeed keeps the fp32 weights, Adam's moments and the gradients in flat buffers whose layout
-depends on the ZeRO stage, the precision and the world size. `find_shards` and `own_gradients` tell
+depends on the ZeRO stage, the precision and the world size. `find_buffers` and `own_gradients` tell
 all of them in one form, which the checkpoint, the EMA and the norms work on. These are not public
 names of DeepSpeed, and no other file uses them: the version is pinned,
 tests/training/checkpoint/test_checkpoint.py resumes every kind from every other, and
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Shard:
+class FlatBuffer:
     """A flat fp32 buffer of weights, and what is in it (besides padding)."""
 
     parameter: Tensor  # what the optimiser updates and keeps its state of
@@ -60,8 +60,8 @@ class Shard:
                 yield Piece(piece.name, piece.begin + begin, piece.start + begin, end - begin)
 
 
-def find_shards(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
-    """This rank's shards, views of the live buffers.
+def find_buffers(engine: deepspeed.DeepSpeedEngine) -> list[FlatBuffer]:
+    """This rank's flat buffers themselves, not copies.
 
     Raises:
         ConfigError: when the engine keeps its state where we cannot read it.
@@ -69,34 +69,34 @@ def find_shards(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
     names = {id(p): name for name, p in engine.module.named_parameters()}
     kept = engine.optimizer
     if isinstance(kept, DeepSpeedZeroOptimizer_Stage3):
-        shards = _stage3(kept, names)
+        buffers = _stage3(kept, names)
     elif isinstance(kept, DeepSpeedZeroOptimizer):
-        shards = _fragments(kept.bit16_groups, kept.single_partition_of_fp32_groups, names)
+        buffers = _fragments(kept.bit16_groups, kept.single_partition_of_fp32_groups, names)
     elif isinstance(kept, BF16_Optimizer):
-        shards = _fragments(kept.bf16_groups, kept.fp32_groups_flat_partition, names)
+        buffers = _fragments(kept.bf16_groups, kept.fp32_groups_flat_partition, names)
     elif isinstance(kept, torch.optim.Optimizer):  # stage 0: the parameters themselves
-        shards = [
-            Shard(p, [Piece(names[id(p)], 0, 0, p.numel())], replicated=True)
+        buffers = [
+            FlatBuffer(p, [Piece(names[id(p)], 0, 0, p.numel())], replicated=True)
             for group in kept.param_groups for p in group["params"]
         ]
     else:
         # Stage 0 in 16 bits begins with an optimiser step of its own, which decays the weights.
         raise ConfigError(f"deepspeed: {type(kept).__name__} (16 bits without ZeRO) cannot be "
                           "resumed exactly: set zero_optimization.stage to 1, 2 or 3")
-    for shard in shards:
-        size = sum(piece.length for piece in shard.pieces)
-        if shard.flat.dtype != torch.float32 or shard.flat.numel() < size:
+    for buffer in buffers:
+        size = sum(piece.length for piece in buffer.pieces)
+        if buffer.flat.dtype != torch.float32 or buffer.flat.numel() < size:
             raise ConfigError(
-                f"deepspeed: optimiser state of type {shard.flat.dtype}, {shard.flat.numel()} of "
+                f"deepspeed: optimiser state of type {buffer.flat.dtype}, {buffer.flat.numel()} of "
                 f"{size} elements in memory, cannot be checkpointed: keep it in fp32, and "
                 "offload_optimizer to cpu, not nvme"
             )
-    return shards
+    return buffers
 
 
-def _stage3(kept: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]) -> list[Shard]:
+def _stage3(kept: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]) -> list[FlatBuffer]:
     """Every rank has an equal part of every parameter, the last ones padded."""
-    shards = []
+    buffers = []
     for flat, group in zip(kept.fp32_partitioned_groups_flat, kept.fp16_groups, strict=True):
         pieces, start = [], 0
         for p in group:
@@ -106,23 +106,23 @@ def _stage3(kept: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]) -> list[
             if length > 0:
                 pieces.append(Piece(names[id(p)], begin, start, length))
             start += size
-        shards.append(Shard(flat, pieces))
-    return shards
+        buffers.append(FlatBuffer(flat, pieces))
+    return buffers
 
 
 def _fragments(
     groups: list[list[Any]], flats: list[Tensor], names: dict[int, str]
-) -> list[Shard]:
+) -> list[FlatBuffer]:
     """Every rank has an equal part of every group's parameters, laid end to end."""
-    shards = []
+    buffers = []
     for flat, group in zip(flats, groups, strict=True):
         pieces = []
         for p in group:
             if p._hp_mapping is not None:  # some of it is this rank's
                 inside, place = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
                 pieces.append(Piece(names[id(p)], inside.start, place.start, place.numel))
-        shards.append(Shard(flat, pieces))
-    return shards
+        buffers.append(FlatBuffer(flat, pieces))
+    return buffers
 
 
 def own_gradients(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
@@ -180,7 +180,7 @@ def parameter_shapes(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[int]]:
     """Name -> shape before sharding, of all parameters.
 
     Raises:
-        ConfigError: for one that is not trained, which no shard has.
+        ConfigError: for one that is not trained, which no buffer has.
     """
     shapes = {}
     for name, p in engine.module.named_parameters():
@@ -195,34 +195,34 @@ def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def read_moments(engine: deepspeed.DeepSpeedEngine, shard: Shard) -> dict[str, Tensor]:
-    """Adam's moments of a shard, flat; empty before the first update."""
-    state = base_optimizer(engine).state.get(shard.parameter, {})
+def read_moments(engine: deepspeed.DeepSpeedEngine, buffer: FlatBuffer) -> dict[str, Tensor]:
+    """Adam's moments of a buffer, flat; empty before the first update."""
+    state = base_optimizer(engine).state.get(buffer.parameter, {})
     return {key: state[key].view(-1) for key in MOMENTS if key in state}
 
 
-def updates_done(engine: deepspeed.DeepSpeedEngine, shards: list[Shard]) -> int:
+def updates_done(engine: deepspeed.DeepSpeedEngine, buffers: list[FlatBuffer]) -> int:
     """Adam's own count of updates, which skipped steps do not advance."""
     states = base_optimizer(engine).state
-    counts = {int(states[shard.parameter]["step"]) if shard.parameter in states
-              and "step" in states[shard.parameter] else 0 for shard in shards}
-    assert len(counts) == 1, f"shards with different numbers of updates: {counts}"
+    counts = {int(states[buffer.parameter]["step"]) if buffer.parameter in states
+              and "step" in states[buffer.parameter] else 0 for buffer in buffers}
+    assert len(counts) == 1, f"buffers with different numbers of updates: {counts}"
     return counts.pop()
 
 
 def create_moments(
-    engine: deepspeed.DeepSpeedEngine, shard: Shard, updates: int
+    engine: deepspeed.DeepSpeedEngine, buffer: FlatBuffer, updates: int
 ) -> dict[str, Tensor]:
     """As after `updates` updates, the moments zero, to be filled."""
-    adam, device = base_optimizer(engine), shard.parameter.device
+    adam, device = base_optimizer(engine), buffer.parameter.device
     step: Any = updates
     if not isinstance(adam, DeepSpeedCPUAdam):  # where torch.optim.AdamW keeps it
         fused = adam.defaults.get("fused")
         step = torch.tensor(float(updates), device=device if fused else "cpu")
-    adam.state[shard.parameter] = {
-        "step": step, **{key: torch.zeros_like(shard.parameter.data) for key in MOMENTS},
+    adam.state[buffer.parameter] = {
+        "step": step, **{key: torch.zeros_like(buffer.parameter.data) for key in MOMENTS},
     }
-    return read_moments(engine, shard)
+    return read_moments(engine, buffer)
 
 
 @torch.no_grad()

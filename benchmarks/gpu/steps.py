@@ -51,7 +51,7 @@ from training.guards.supervisor import StepAgreement, Supervisor
 from training.guards.watchdog import WatchdogConfig
 from training.metrics.accumulator import Scale, StepAccumulator
 from training.metrics.norms import PartNorms, group_places
-from training.zero_state import base_optimizer, find_shards, read_moments
+from training.zero_state import base_optimizer, find_buffers, read_moments
 
 LEARNING_RATE = 1e-4  # ten times the paper's: the loss on one batch must fall within 13 steps
 
@@ -201,7 +201,7 @@ class Run:
             return
         randomise(self.model)
         parameters = dict(self.model.named_parameters())
-        for shard in find_shards(self.engine):
+        for shard in find_buffers(self.engine):
             for piece in shard.pieces:
                 source = parameters[piece.name].view(-1)[piece.begin :][: piece.length]
                 shard.flat[piece.start :][: piece.length].copy_(source)
@@ -272,7 +272,7 @@ def check_update(run: Run) -> dict[str, float]:
 
     Places beyond 2^31 and 2^32 elements are among them: an index of 32 bits would miss those.
     """
-    shard = max(find_shards(run.engine), key=lambda s: s.flat.numel())
+    shard = max(find_buffers(run.engine), key=lambda s: s.flat.numel())
     size, length = shard.flat.numel(), min(1_000_000, shard.flat.numel())
     places = sorted({min(place, size - length) for place in (0, 2**30, 2**31, 2**32, size)})
     before = [shard.flat[place:][:length].clone() for place in places]

@@ -360,13 +360,13 @@ def test_samples_that_a_resume_took_away_are_no_longer_on_their_page(tmp_path):
         (folder / "00_a.mp4").touch()
         (folder / "prompts.json").write_text('{"00_a": "a ball"}')
     config = SimpleNamespace(run_dir=str(tmp_path))
-    bench = Evaluator(*[None] * 4, config, World(0, 1, 0, 1, "test"), None)
+    evaluator = Evaluator(*[None] * 4, config, World(0, 1, 0, 1, "test"), None)
     write_gallery(samples, "run")
     MetricWriter(tmp_path, 2)  # resumes at step 1
-    bench.renew_gallery()
+    evaluator.renew_gallery()
     page = (samples / "index.html").read_text()
     assert "step 1<" in page and "step 2<" not in page
-    assert bench.drawn(1) and not bench.drawn(2)
+    assert evaluator.has_samples(1) and not evaluator.has_samples(2)
 
 
 def test_a_failed_validation_names_itself_and_training_goes_on(capsys):

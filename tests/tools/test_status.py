@@ -11,7 +11,7 @@ import pytest
 from cluster.requeue import decide
 from tests.support.launch import ROOT, run
 from tools.status import StatusError, find_run, main, read_run, report
-from training.checkpoint.contents import Manifest, write_manifest
+from training.checkpoint.contents import Contents, write_contents
 from training.guards.run_state import TIME_FORMAT, write_status
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path):
     tag = tmp_path / "checkpoints" / "step00000030"
     tag.mkdir(parents=True)
     (tag / "weight-00000.safetensors").write_bytes(b"12345")
-    write_manifest(tag, Manifest(
+    write_contents(tag, Contents(
         step=30, world_size=4, updates=0, skipped_steps=0, parameters={}, kinds=["weight"],
         groups=[], files={"weight-00000.safetensors": (5, "")}, run={}))
     write_status(tmp_path, "running", checkpoint=tag)

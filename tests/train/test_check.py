@@ -13,7 +13,7 @@ from common.settings import ConfigError, load_config
 from config import RunConfig, build_plan, sources
 from tests.support.faults import write_world
 from tests.support.launch import ROOT
-from training.checkpoint.contents import read_manifest, write_manifest
+from training.checkpoint.contents import read_contents, write_contents
 from training.checkpoint.save_load import write_weights
 from training.ds_config import OFFERED, check_ds_config, complete_ds_config, read_ds_config
 
@@ -148,8 +148,8 @@ def test_check_holds_the_run_against_the_checkpoint_that_a_start_would_resume(
     config = load_config(RunConfig, arguments[0], arguments[1:])
     plan = build_plan(config, World(0, 1, 0, 1, "alone"))
     tag = write_weights(tmp_path / "run", 4, {"w": torch.zeros(2)})
-    written = read_manifest(tag)
-    write_manifest(tag, dataclasses.replace(written, run=plan.about))
+    written = read_contents(tag)
+    write_contents(tag, dataclasses.replace(written, run=plan.about))
     assert train.main([*arguments, "max_steps=99", "samples.count=1"]) == 0
     out = capsys.readouterr().out
     assert f"a start resumes {tag}" in out and "changed since" not in out

@@ -14,7 +14,7 @@ import pytest
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import records, run_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
-from training.checkpoint.contents import read_manifest
+from training.checkpoint.contents import read_contents
 from training.checkpoint.save_load import read_weights
 
 STEPS, GLOBAL_BATCH = 7, 4
@@ -86,7 +86,7 @@ def assert_equal_bits(left: Path, right: Path, validations: int) -> None:
         expected, got = records(left, tag), records(right, tag)  # one more at a cut
         assert len(expected) == validations and {step: got[step] for step in expected} == expected
     assert drawn(left) == drawn(right)
-    ends = [read_manifest(path / f"checkpoints/step{STEPS:08d}") for path in (left, right)]
+    ends = [read_contents(path / f"checkpoints/step{STEPS:08d}") for path in (left, right)]
     assert ends[0].files == ends[1].files and ends[0].groups == ends[1].groups
     assert {name.split("-")[0] for name in ends[0].files} == {
         "weight", "exp_avg", "exp_avg_sq", "ema"}

@@ -8,7 +8,7 @@ from tests.support.workers import checkpoint_worker as worker
 from tests.training.checkpoint.test_checkpoint import ALONE
 from training.distributed import shutdown, start
 from training.ema import EMA
-from training.zero_state import find_shards
+from training.zero_state import find_buffers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,7 +19,7 @@ def alone():
 
 
 def weights(engine) -> torch.Tensor:
-    return torch.cat([shard.flat.clone() for shard in find_shards(engine)])
+    return torch.cat([shard.flat.clone() for shard in find_buffers(engine)])
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""A checkpoint's manifest: what the checkpoint is and every file's sha256, in a file that checks
-itself. Written last, it is what makes a folder a checkpoint. Called by training.checkpoint.
+"""manifest.json: what the checkpoint is and every file's sha256, in a file that checks
+itself. Written last, it makes a folder a checkpoint. Called by training.checkpoint.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ FORMAT = 2  # 1 held DeepSpeed's own files
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Contents:
     """All of a checkpoint but its tensors."""
 
     step: int
@@ -39,15 +39,15 @@ class Manifest:
             raise ValueError(f"kinds={self.kinds} are not enough")
 
 
-_ADAPTER = TypeAdapter(Manifest)
+_ADAPTER = TypeAdapter(Contents)
 
 
-def write_manifest(tag: Path, manifest: Manifest) -> None:
-    values = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
+def write_contents(tag: Path, contents: Contents) -> None:
+    values = json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(contents)}))
     write_json(tag / MANIFEST, {**values, "sha256": json_sha256(values)})
 
 
-def read_manifest(tag: Path) -> Manifest:
+def read_contents(tag: Path) -> Contents:
     """Checked to the last digit.
 
     Raises:
@@ -72,9 +72,9 @@ def read_manifest(tag: Path) -> Manifest:
         raise CheckpointError(f"{path}: {first['loc']}: {first['msg']}") from error
 
 
-def wrong_size(tag: Path, manifest: Manifest) -> str | None:
+def wrong_size(tag: Path, contents: Contents) -> str | None:
     """What is missing or cut among a checkpoint's files; None where all are there."""
-    for name, (size, _) in manifest.files.items():
+    for name, (size, _) in contents.files.items():
         path = tag / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{path} is missing or has not the {size} bytes that {MANIFEST} says"

@@ -39,7 +39,7 @@ VERSIONS = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
 
 
 def describe_run(config: dict, deepspeed: dict, model: dict, fingerprints: dict[str, str]) -> dict:
-    """All that the manifest says of a run, as JSON reads it back.
+    """All that a checkpoint says of its run, as JSON reads it back.
 
     Args:
         config: the resolved RunConfig.
@@ -60,7 +60,7 @@ def check_resume(found: Found, now: dict, model_defaults: dict) -> list[str]:
     Raises:
         CheckpointError: for a change that must not be.
     """
-    saved = found.manifest.run
+    saved = found.contents.run
     lines = [f"WARNING: checkpoint {tag.name} is damaged ({told}): going back to {found.tag.name}"
              for tag, told in found.damaged.items()]
     lines += [f"WARNING: checkpoint {tag.name} cannot be read ({told}): going back to "

@@ -1,6 +1,6 @@
 """Which checkpoints a run has, which one it resumes from, and which ones go.
 
-A tag is a folder RUN/checkpoints/stepXXXXXXXX. It counts when its manifest is there and every file
+A tag is a folder RUN/checkpoints/stepXXXXXXXX. It counts when manifest.json is there and every file
 has the size that it says; it is resumed only when every byte has the hash, too.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from common.files import file_sha256
 from common.ranks import World, broadcast_object, gather_objects
-from training.checkpoint.contents import MANIFEST, Manifest, read_manifest, wrong_size
+from training.checkpoint.contents import MANIFEST, Contents, read_contents, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
 
 PROTECTED = "PROTECTED"  # a file of this name in a tag keeps it for ever
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     """A checkpoint whose every byte was checked, and the newer ones that were passed over."""
 
     tag: Path
-    manifest: Manifest
+    contents: Contents
     damaged: dict[Path, str]  # tag -> what is wrong with it
     unread: dict[Path, str]  # tag -> the error that kept it from being read; it may be whole
 
@@ -81,19 +81,19 @@ def _is_protected(tag: Path) -> bool:
 def set_aside(tag: Path) -> None:
     """A damaged tag stops counting, so that it is not one of those kept; the next save deletes it.
 
-    The manifest is kept under another name, for whoever wants to know.
+    manifest.json is kept under another name, for whoever wants to know.
     """
     os.replace(tag / MANIFEST, tag / f"damaged_{MANIFEST}")
 
 
 def complete_tags(run_dir: Path) -> list[Path]:
-    """Tags with a manifest and all files in their right sizes, oldest first."""
+    """Tags with manifest.json and all files in their right sizes, oldest first."""
     return [tag for tag in tags_in(run_dir) if _problem(tag) is None]
 
 
 def _problem(tag: Path) -> Problem | None:
-    manifest, problem = _read(tag)
-    return problem if manifest is None else _check(tag, [], manifest)
+    contents, problem = _read(tag)
+    return problem if contents is None else _check(tag, [], contents)
 
 
 def find_checkpoint(run_dir: Path, world: World) -> Found | None:
@@ -108,14 +108,14 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
     damaged: dict[Path, str] = {}
     unread: dict[Path, str] = {}
     for tag in broadcast_object(tags_in(run_dir)[::-1], world):
-        manifest, problem = broadcast_object(_read(tag) if world.is_main else None, world)
+        contents, problem = broadcast_object(_read(tag) if world.is_main else None, world)
         if problem and problem.state == "unfinished":
             continue  # a kill in a save
-        share = list(manifest.files)[world.rank :: world.world_size] if manifest else []
-        found = gather_objects(problem or _check(tag, share, manifest), world)
+        share = list(contents.files)[world.rank :: world.world_size] if contents else []
+        found = gather_objects(problem or _check(tag, share, contents), world)
         problems = sorted(filter(None, found), key=lambda problem: problem.state == "unread")
         if not problems:
-            return Found(tag, manifest, damaged, unread)
+            return Found(tag, contents, damaged, unread)
         told = problems[0]  # what is known to be wrong counts more than what could not be read
         (unread if told.state == "unread" else damaged)[tag] = told.words
     if damaged or unread:
@@ -127,9 +127,9 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
     return None
 
 
-def _read(tag: Path) -> tuple[Manifest | None, Problem | None]:
+def _read(tag: Path) -> tuple[Contents | None, Problem | None]:
     try:
-        return read_manifest(tag), None
+        return read_contents(tag), None
     except CheckpointError as error:
         cause = error.__cause__
         missing, erring = isinstance(cause, FileNotFoundError), isinstance(cause, OSError)
@@ -137,16 +137,16 @@ def _read(tag: Path) -> tuple[Manifest | None, Problem | None]:
             str(error), "unfinished" if missing else "unread" if erring else "damaged")
 
 
-def _check(tag: Path, names: list[str], manifest: Manifest) -> Problem | None:
+def _check(tag: Path, names: list[str], contents: Contents) -> Problem | None:
     try:
-        wrong = wrong_size(tag, manifest) or wrong_hash(tag, names, manifest)
+        wrong = wrong_size(tag, contents) or wrong_hash(tag, names, contents)
     except OSError as error:
         return Problem(str(error), "unread")
     return Problem(wrong, "damaged") if wrong else None
 
 
-def wrong_hash(tag: Path, names: list[str], manifest: Manifest) -> str | None:
+def wrong_hash(tag: Path, names: list[str], contents: Contents) -> str | None:
     for name in names:
-        if file_sha256(tag / name) != manifest.files[name][1]:
+        if file_sha256(tag / name) != contents.files[name][1]:
             return f"{tag / name} differs from its sha256 in {MANIFEST}"
     return None

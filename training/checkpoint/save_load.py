@@ -7,7 +7,7 @@ DeepSpeed's own checkpoints are not used. They name `latest` before all ranks ha
 a flipped bit silently, belong to one world size and ZeRO stage, and their universal form gives
 every parameter group the first one's settings and has no room for an EMA: each is shown in
 tests/training/checkpoint/test_library_checkpoint.py. Here every rank writes the fp32 slices that it
-holds, all ranks agree that it worked, and a manifest with every file's sha256 is written last:
+holds, all ranks agree that it worked, and manifest.json, with every file's sha256, is written last:
 without it, a tag does not count. Learning rate, weight decay and betas are the configuration's,
 never the file's.
 """
@@ -21,7 +21,7 @@ import torch
 
 from common.files import write_text
 from common.ranks import World, broadcast_object, gather_objects
-from training.checkpoint.contents import Manifest, read_manifest, write_manifest
+from training.checkpoint.contents import Contents, read_contents, write_contents
 from training.checkpoint.retention import (
     Found,
     Retention,
@@ -37,10 +37,10 @@ from training.checkpoint.slices import Slice, SliceReader, write_slices
 from training.ema import EMA
 from training.zero_state import (
     MOMENTS,
+    FlatBuffer,
     Piece,
-    Shard,
     create_moments,
-    find_shards,
+    find_buffers,
     parameter_shapes,
     publish_weights,
     read_moments,
@@ -60,10 +60,10 @@ def save_checkpoint(
         CheckpointError: on every rank when any rank failed; the broken tag is removed.
     """
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "half a step is lost"
-    tag, shards = run_dir / "checkpoints" / tag_of(step), find_shards(engine)
-    kinds = _kinds(engine, shards, ema)
+    tag, buffers = run_dir / "checkpoints" / tag_of(step), find_buffers(engine)
+    kinds = _kinds(engine, buffers, ema)
     sizes = gather_objects(4 * len(kinds) * sum(
-        piece.length for shard in shards for piece in shard.owned(world)), world)
+        piece.length for buffer in buffers for piece in buffer.owned(world)), world)
     problem = _prepare(tag, sum(sizes), len(kinds) * world.world_size) if world.is_main else None
     _settle(problem, tag, world)
     files, problem = [], None
@@ -71,7 +71,8 @@ def save_checkpoint(
         for kind, flats in kinds.items():
             slices = [
                 Slice(piece.name, piece.begin, flat.narrow(0, piece.start, piece.length))
-                for shard, flat in zip(shards, flats, strict=True) for piece in shard.owned(world)
+                for buffer, flat in zip(buffers, flats, strict=True)
+                for piece in buffer.owned(world)
             ]
             files.append(write_slices(tag / f"{kind}-{world.rank:05d}.safetensors", slices))
     except OSError as error:
@@ -79,14 +80,14 @@ def save_checkpoint(
     results = gather_objects((files, problem), world)
     problem = next((told for _, told in results if told), None)
     if world.is_main and not problem:
-        manifest = Manifest(
-            step=step, world_size=world.world_size, updates=updates_done(engine, shards),
+        contents = Contents(
+            step=step, world_size=world.world_size, updates=updates_done(engine, buffers),
             skipped_steps=engine.skipped_steps, parameters=parameter_shapes(engine),
             kinds=list(kinds), groups=_settings(engine),
             files={file.name: (file.bytes, file.sha256) for part, _ in results for file in part},
             run=run,
         )
-        problem = _commit(tag, manifest)
+        problem = _commit(tag, contents)
     _settle(problem, tag, world)
     if world.is_main:
         prune(run_dir, retention)
@@ -94,11 +95,11 @@ def save_checkpoint(
 
 
 def _kinds(
-    engine: deepspeed.DeepSpeedEngine, shards: list[Shard], ema: EMA | None
+    engine: deepspeed.DeepSpeedEngine, buffers: list[FlatBuffer], ema: EMA | None
 ) -> dict[str, list[torch.Tensor]]:
-    """Kind -> its flat tensors, one per shard: all that is saved."""
-    kinds = {"weight": [shard.flat for shard in shards]}
-    moments = [read_moments(engine, shard) for shard in shards]
+    """Kind -> its flat tensors, one per buffer: all that is saved."""
+    kinds = {"weight": [buffer.flat for buffer in buffers]}
+    moments = [read_moments(engine, buffer) for buffer in buffers]
     if all(moments):  # none before the first update
         kinds |= {key: [held[key] for held in moments] for key in MOMENTS}
     return kinds | ({"ema": ema.flats} if ema else {})
@@ -127,14 +128,14 @@ def _prepare(tag: Path, size: int, count: int) -> str | None:
     return None
 
 
-def _commit(tag: Path, manifest: Manifest) -> str | None:
+def _commit(tag: Path, contents: Contents) -> str | None:
     """Manifest last, then `latest`; or what is wrong."""
-    for name, (size, _) in manifest.files.items():
+    for name, (size, _) in contents.files.items():
         path = tag / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is not seen by rank 0: run_dir must be on a disk all nodes share"
     try:
-        write_manifest(tag, manifest)
+        write_contents(tag, contents)
         write_text(tag.parent / "latest", tag.name + "\n")
     except OSError as error:
         return str(error)
@@ -159,17 +160,17 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank, when it holds another model or cannot be read.
     """
-    manifest, problem = found.manifest, None
+    contents, problem = found.contents, None
     try:
-        _check_shapes(manifest, parameter_shapes(engine))
-        readers = {kind: SliceReader(_files(found.tag, manifest, kind)) for kind in manifest.kinds}
-        for index, shard in enumerate(find_shards(engine)):
-            _fill(readers["weight"], shard.pieces, shard.flat)
-            if manifest.updates:
-                for key, flat in create_moments(engine, shard, manifest.updates).items():
-                    _fill(readers[key], shard.pieces, flat)
+        _check_shapes(contents, parameter_shapes(engine))
+        readers = {kind: SliceReader(_files(found.tag, contents, kind)) for kind in contents.kinds}
+        for index, buffer in enumerate(find_buffers(engine)):
+            _fill(readers["weight"], buffer.pieces, buffer.flat)
+            if contents.updates:
+                for key, flat in create_moments(engine, buffer, contents.updates).items():
+                    _fill(readers[key], buffer.pieces, flat)
             if ema:
-                _fill(readers["ema" if "ema" in readers else "weight"], shard.pieces,
+                _fill(readers["ema" if "ema" in readers else "weight"], buffer.pieces,
                       ema.flats[index])
     except CheckpointError as error:
         problem = str(error)
@@ -180,9 +181,9 @@ def load_checkpoint(
     if world.is_main:
         for tag in found.damaged:
             set_aside(tag)
-    engine.global_steps, engine.skipped_steps = manifest.step, manifest.skipped_steps
-    engine.global_samples = manifest.step * engine.train_batch_size()
-    engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()
+    engine.global_steps, engine.skipped_steps = contents.step, contents.skipped_steps
+    engine.global_samples = contents.step * engine.train_batch_size()
+    engine.micro_steps = contents.step * engine.gradient_accumulation_steps()
 
 
 def _fill(reader: SliceReader, pieces: list[Piece], flat: torch.Tensor) -> None:
@@ -190,15 +191,15 @@ def _fill(reader: SliceReader, pieces: list[Piece], flat: torch.Tensor) -> None:
         reader.read(piece.name, piece.begin, flat.narrow(0, piece.start, piece.length))
 
 
-def _files(tag: Path, manifest: Manifest, kind: str) -> list[Path]:
-    return [tag / name for name in manifest.files if name.startswith(f"{kind}-")]
+def _files(tag: Path, contents: Contents, kind: str) -> list[Path]:
+    return [tag / name for name in contents.files if name.startswith(f"{kind}-")]
 
 
-def _check_shapes(manifest: Manifest, shapes: dict[str, list[int]]) -> None:
-    for name in sorted(shapes.keys() | manifest.parameters.keys()):
-        if shapes.get(name) != manifest.parameters.get(name):
+def _check_shapes(contents: Contents, shapes: dict[str, list[int]]) -> None:
+    for name in sorted(shapes.keys() | contents.parameters.keys()):
+        if shapes.get(name) != contents.parameters.get(name):
             raise CheckpointError(
-                f"the checkpoint's parameter {name} has shape {manifest.parameters.get(name)}, "
+                f"the checkpoint's parameter {name} has shape {contents.parameters.get(name)}, "
                 f"this model's {shapes.get(name)}: it is of another model"
             )
 
@@ -218,19 +219,19 @@ def read_weights(
     if step not in tags:
         raise CheckpointError(f"step={step} has no checkpoint; there are {sorted(tags)}")
     tag, kind = tags[step], "ema" if ema else "weight"
-    manifest = read_manifest(tag)
-    if kind not in manifest.kinds:
+    contents = read_contents(tag)
+    if kind not in contents.kinds:
         raise CheckpointError(f"{tag} holds no EMA: the run's ema_decay was not set")
-    paths = _files(tag, manifest, kind)
+    paths = _files(tag, contents, kind)
     try:
-        problem = wrong_hash(tag, [path.name for path in paths], manifest)
+        problem = wrong_hash(tag, [path.name for path in paths], contents)
     except OSError as error:
         problem = str(error)
     if problem:
         others = sorted(tags.keys() - {step})
         raise CheckpointError(f"{problem}: restore it from a copy; other steps are {others}")
     reader, weights = SliceReader(paths), {}
-    for name, shape in manifest.parameters.items():
+    for name, shape in contents.parameters.items():
         flat = torch.empty(torch.Size(shape).numel())
         reader.read(name, 0, flat)
         weights[name] = flat.view(shape)
@@ -243,7 +244,7 @@ def write_weights(run_dir: Path, step: int, weights: dict[str, torch.Tensor]) ->
     tag.mkdir(parents=True, exist_ok=True)
     slices = [Slice(name, 0, value.float().flatten()) for name, value in weights.items()]
     file = write_slices(tag / "weight-00000.safetensors", slices)
-    write_manifest(tag, Manifest(
+    write_contents(tag, Contents(
         step=step, world_size=1, updates=0, skipped_steps=0, kinds=["weight"], groups=[], run={},
         parameters={name: list(value.shape) for name, value in weights.items()},
         files={file.name: (file.bytes, file.sha256)},

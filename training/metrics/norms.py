@@ -16,7 +16,7 @@ from common.ranks import World, sum_over_ranks
 from training.engine import OptimizerConfig, parameter_groups
 from training.zero_state import (
     base_optimizer,
-    find_shards,
+    find_buffers,
     gradients_are_replicated,
     own_gradients,
     read_moments,
@@ -78,15 +78,15 @@ class PartNorms:
 
         AdamW: w' = (1 - lr wd) w - lr a, a = m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps).
         """
-        shards = find_shards(self.engine)
-        count = updates_done(self.engine, shards)
+        buffers = find_buffers(self.engine)
+        count = updates_done(self.engine, buffers)
         groups = self.engine.optimizer.param_groups
         defaults = base_optimizer(self.engine).defaults
         first, second = (1 - beta**count for beta in defaults["betas"])
         totals = torch.zeros(len(self.parts), 2, dtype=torch.float64, device=self.engine.device)
-        for shard in shards if count else []:
-            moments, flat = read_moments(self.engine, shard), shard.flat
-            for piece in shard.owned(self.world):
+        for buffer in buffers if count else []:
+            moments, flat = read_moments(self.engine, buffer), buffer.flat
+            for piece in buffer.owned(self.world):
                 part = slice(piece.start, piece.start + piece.length)
                 group = groups[self.groups[piece.name]]
                 lr, decay = group["lr"], group["weight_decay"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.support.inputs.prepared import write_shards
 from tests.support.launch import records, start_ranks
 from tests.support.models.tiny import write_tangoflux, write_wan
-from training.checkpoint.contents import MANIFEST, read_manifest
+from training.checkpoint.contents import MANIFEST, read_contents
 from training.checkpoint.retention import tag_of
 
 RANKS = 2
@@ -178,7 +178,7 @@ def differences(calm: Path, killed: Path, steps: int) -> list[str]:
     """What is not equal bit for bit: losses of any step, files of the last checkpoint."""
     found = [tag for tag in TAGS if records(calm, tag) != records(killed, tag)
              or len(records(killed, tag)) != steps]
-    ends = [read_manifest(path / "checkpoints" / tag_of(steps)) for path in (calm, killed)]
+    ends = [read_contents(path / "checkpoints" / tag_of(steps)) for path in (calm, killed)]
     kinds = {name.split("-")[0] for name in ends[0].files}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq", "ema"}
     found += [name for name in ends[0].files if ends[0].files[name] != ends[1].files.get(name)]

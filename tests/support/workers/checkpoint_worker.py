@@ -22,7 +22,7 @@ from training.checkpoint import contents, retention, save_load
 from training.distributed import leave, shutdown, start
 from training.ds_config import complete_ds_config
 from training.ema import EMA
-from training.zero_state import find_shards, read_moments
+from training.zero_state import find_buffers, read_moments
 
 GLOBAL_BATCH, DECAY = 4, 0.75
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -91,7 +91,7 @@ def train(made, step: int, world: World, ema: EMA | None = None) -> float:
 def state(made, ema: EMA) -> list[torch.Tensor]:
     """All that a checkpoint must bring back, of this rank; without the buffers' padding."""
     tensors = []
-    for shard, average in zip(find_shards(made), ema.flats, strict=True):
+    for shard, average in zip(find_buffers(made), ema.flats, strict=True):
         for flat in (shard.flat, *read_moments(made, shard).values(), average):
             tensors += [flat[p.start : p.start + p.length].clone() for p in shard.pieces]
     return tensors
@@ -113,7 +113,7 @@ def resume(made, run_dir: Path, world: World, ema: EMA | None = None) -> int | N
     if found is None:
         return None
     save_load.load_checkpoint(made, found, world, ema)
-    return found.manifest.step
+    return found.contents.step
 
 
 def exact(folder: Path, world: World, names: list[str]) -> None:
@@ -159,8 +159,8 @@ def read_back(folder: Path, world: World, names: list[str]) -> None:
             for kind, expected in ((False, weights), (True, average)):
                 _, again = save_load.read_weights(copy, 7, ema=kind)
                 assert same(list(expected.values()), list(again.values())), (saved, name)
-            before = contents.read_manifest(copy / "checkpoints" / retention.tag_of(6))
-            after = contents.read_manifest(copy / "checkpoints" / retention.tag_of(7))
+            before = contents.read_contents(copy / "checkpoints" / retention.tag_of(6))
+            after = contents.read_contents(copy / "checkpoints" / retention.tag_of(7))
             assert before.updates == after.updates == 6 and before.groups == after.groups
             losses = [train(made, step, world, ema) for step in (7, 8)]
             whole = [sum(gather_objects(loss, world)) / GLOBAL_BATCH for loss in losses]

@@ -31,7 +31,7 @@ from evaluation import samples
 from model.objective import Objective
 from training.distributed import leave, shutdown, start
 from training.guards.bad_numbers import BadNumbersError
-from training.zero_state import find_shards
+from training.zero_state import find_buffers
 
 
 class Fault:
@@ -70,7 +70,7 @@ class Fault:
             self.step = 0  # a validation is not at any step
             if self.digests:
                 digest = hashlib.sha256()
-                for shard in find_shards(engine):
+                for shard in find_buffers(engine):
                     digest.update(shard.flat.detach().numpy().tobytes())
                     assert shard.flat.isfinite().all(), f"step {step}: weights are not finite"
                 with open(self.digests, "a", encoding="utf-8") as file:

@@ -23,7 +23,7 @@ from tests.support.workers.checkpoint_worker import (
 from training import engine as ds
 from training.distributed import leave, shutdown, start
 from training.metrics.norms import PartNorms, group_places
-from training.zero_state import find_shards, parameter_shapes
+from training.zero_state import find_buffers, parameter_shapes
 
 STEPS = 3
 PARTS = {"first": "video_tower", "second": "audio_tower", "new": "joint_new"}
@@ -72,7 +72,7 @@ def by_part(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
 def whole_weights(made, world: World) -> dict[str, torch.Tensor]:
     """What the engine starts from: a bf16 `zero.Init` draws other numbers than a plain model."""
     weights = {name: torch.zeros(shape) for name, shape in parameter_shapes(made).items()}
-    for shard in find_shards(made):
+    for shard in find_buffers(made):
         for piece in shard.owned(world):
             place = weights[piece.name].view(-1)[piece.begin : piece.begin + piece.length]
             place += shard.flat[piece.start : piece.start + piece.length].cpu()

@@ -23,7 +23,7 @@ from training.distributed import shutdown, start
 from training.ds_config import complete_ds_config
 from training.engine import OptimizerConfig as Optimizer
 from training.engine import build_sharded, parameter_groups
-from training.zero_state import find_shards
+from training.zero_state import find_buffers
 
 
 def build(world: World, lr: float = 0.01, stage: int = 3, accumulate: int = 1, **extra):
@@ -49,7 +49,7 @@ def train(engine: deepspeed.DeepSpeedEngine) -> None:
 def weights(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
     """This rank's part, without the padding, which is never initialised."""
     return torch.cat([shard.flat[p.start : p.start + p.length]
-                      for shard in find_shards(engine) for p in shard.pieces])
+                      for shard in find_buffers(engine) for p in shard.pieces])
 
 
 def settings(engine: deepspeed.DeepSpeedEngine) -> list[tuple[float, float]]:

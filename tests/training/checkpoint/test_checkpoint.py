@@ -19,7 +19,7 @@ from common.files import file_sha256
 from common.ranks import World
 from tests.support.launch import run_ranks, start_ranks
 from training.checkpoint import retention
-from training.checkpoint.contents import FORMAT, MANIFEST, Manifest, read_manifest, write_manifest
+from training.checkpoint.contents import FORMAT, MANIFEST, Contents, read_contents, write_contents
 from training.checkpoint.retention import (
     PROTECTED,
     Retention,
@@ -30,7 +30,7 @@ from training.checkpoint.retention import (
 from training.checkpoint.run_dir import CheckpointError
 from training.checkpoint.save_load import read_weights, write_weights
 from training.checkpoint.slices import Slice, SliceReader, write_slices
-from training.zero_state import Piece, Shard
+from training.zero_state import FlatBuffer, Piece
 
 WORKER = "tests/support/workers/checkpoint_worker.py"
 ALONE = World(0, 1, 0, 1, "alone")
@@ -134,7 +134,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
         if found is not None:
             assert not found.damaged
             step, weights = read_weights(run_dir)
-            assert step == found.manifest.step and (weights["w"] == step).all()
+            assert step == found.contents.step and (weights["w"] == step).all()
             steps.append(step)
     assert len(set(steps)) > 3
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_the_older_format_is_no_fresh_start(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_what_every_rank_has_is_saved_once(world_size):
-    shard = Shard(torch.zeros(7), [Piece("a", 0, 0, 4), Piece("b", 0, 4, 3)], replicated=True)
+    shard = FlatBuffer(torch.zeros(7), [Piece("a", 0, 0, 4), Piece("b", 0, 4, 3)], replicated=True)
     pieces = [piece for rank in range(world_size)
               for piece in shard.owned(World(rank, world_size, 0, 1, "test"))]
     elements = sorted((p.name, p.begin + i, p.start + i) for p in pieces for i in range(p.length))
@@ -257,9 +257,9 @@ def test_a_pickle_in_place_of_tensors_is_not_run(small, tmp_path):
     path = tag / "weight-00000.safetensors"
     for write in (lambda: path.write_bytes(poison), lambda: torch.save({"x": Poison()}, path)):
         write()  # with its right hash, as someone would who wants it to be read
-        manifest = read_manifest(tag)
-        manifest.files[path.name] = (path.stat().st_size, file_sha256(path))
-        write_manifest(tag, manifest)
+        contents = read_contents(tag)
+        contents.files[path.name] = (path.stat().st_size, file_sha256(path))
+        write_contents(tag, contents)
         assert complete_tags(tmp_path / "run") == [tag]
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_weights(tmp_path / "run")
@@ -326,4 +326,4 @@ def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path):
 @pytest.mark.parametrize("name", ["../escaped", "/etc/passwd", "a/b"])
 def test_a_manifest_names_files_beside_it_only(name):
     with pytest.raises(ValueError, match="not inside the checkpoint"):
-        Manifest(1, 1, 0, 0, {}, ["weight"], [], {name: (1, "")}, {})
+        Contents(1, 1, 0, 0, {}, ["weight"], [], {name: (1, "")}, {})

@@ -9,7 +9,7 @@ import pytest
 
 from config import RunConfig, SamplesConfig
 from data.loading.sources import DataConfig
-from training.checkpoint.contents import Manifest
+from training.checkpoint.contents import Contents
 from training.checkpoint.resume import FREE, changes, check_resume, check_same_model, describe_run
 from training.checkpoint.retention import Found
 from training.checkpoint.run_dir import CheckpointError
@@ -115,8 +115,8 @@ def test_every_free_key_is_one_of_the_configuration():
 
 
 def found(run: dict, damaged: dict | None = None) -> Found:
-    manifest = Manifest(4, 1, 4, 0, {}, ["weight", "exp_avg", "exp_avg_sq"], [], {}, run)
-    return Found(Path("runs/a/checkpoints/step00000004"), manifest, damaged or {}, {})
+    contents = Contents(4, 1, 4, 0, {}, ["weight", "exp_avg", "exp_avg_sq"], [], {}, run)
+    return Found(Path("runs/a/checkpoints/step00000004"), contents, damaged or {}, {})
 
 
 def test_what_is_said_of_a_resume():
