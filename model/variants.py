@@ -27,7 +27,7 @@ RENAMED = {"init": {"I0": "normal", "I1": "zero_output", "I2": "bias_warmup"}}
 
 @dataclass(frozen=True)
 class JointConfig:
-    """Ablations. The defaults are the paper's method where it speaks, else the README's choice.
+    """Ablations. The defaults are the paper's method where it speaks, else the choice of docs/paper.md.
 
     num_joint_blocks: Nav. Up to TangoFlux's 18 single blocks; beyond, its double blocks join too.
     fusion: "full" is AVFull-Attention (Eq. 6-9), "cross" the cross-attention baseline (Table 3a).

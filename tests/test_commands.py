@@ -85,6 +85,21 @@ def test_named_paths_are_there(path):
         assert found[1] in tests, f"{path.name} names {found[1]}"
 
 
+def test_the_core_path_is_read_in_an_afternoon():
+    """The files that the README lists for it; folders stand for what is in them."""
+    section = (ROOT / "README.md").read_text().split("in an afternoon\n")[1].split("Everything else")[0]
+    names = re.findall(r"`([\w/]+(?:\.py|/))`", section)
+    files = {path for name in names
+             for path in ((ROOT / name).glob("*.py") if name.endswith("/") else [ROOT / name])}
+    assert len(files) >= 20
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < 4000
+
+
+def test_the_first_page_stays_short():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 130 and len(readme.split()) <= 1200
+
+
 def test_every_package_is_installed():
     assert re.findall(r'"(\w+)"', re.search(
         r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)[1]) == list(ROOMS)

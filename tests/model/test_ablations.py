@@ -158,7 +158,7 @@ def test_parameter_counts_of_every_variant(change, new):
 
 
 def test_the_page_states_these_counts():
-    page = (Path(__file__).parents[2] / "model" / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text(encoding="utf-8")
     for change in ({"num_joint_blocks": 12}, {}, {"num_joint_blocks": 24}, {"fusion": "cross"},
                    {"fusion": "cross", "num_joint_blocks": 24}):
         with torch.device("meta"):

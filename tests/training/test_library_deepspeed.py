@@ -1,6 +1,6 @@
 """Defects of DeepSpeed that we work around, in DeepSpeed itself: one that fails here is gone.
 
-The numbers are those of the list in the README's section "Faults". Checkpoints:
+The numbers are those of the list in docs/development.md. Checkpoints:
 tests/training/checkpoint/test_library_checkpoint.py.
 """
 

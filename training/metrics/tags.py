@@ -1,7 +1,7 @@
-"""Every scalar that a run writes, and what it means: stable names, the README's table.
+"""Every scalar that a run writes, and what it means: stable names, the table of docs/monitoring.md.
 
 A tag stays what it is from one version to the next. `{...}` stands for a part of the model, a t or
-a layer. tests/evaluation/test_evaluator.py compares this with the README and with what a run
+a layer. tests/evaluation/test_evaluator.py compares this with that page and with what a run
 writes.
 """
 

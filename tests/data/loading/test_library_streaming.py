@@ -1,6 +1,6 @@
 """Defects of mosaicml-streaming that we work around, in streaming itself: a failure means gone.
 
-The numbers are those of the list in the README's section "Faults".
+The numbers are those of the list in docs/development.md.
 """
 
 import os

@@ -103,7 +103,7 @@ def test_every_engine_resumes_itself_and_another_on_1_2_and_4_ranks(tmp_path):
 
 @pytest.mark.faults
 def test_offloaded_optimiser(tmp_path):
-    """DeepSpeedCPUAdam, which the C++ compiler that the README asks for builds."""
+    """DeepSpeedCPUAdam, which the C++ compiler of the README builds."""
     done = run_ranks(2, WORKER, str(tmp_path), "offload")
     assert "exact offload2" in done.stdout and "exact offload3" in done.stdout, done.stderr[-3000:]
 
