@@ -6,12 +6,22 @@ value and where it comes from, before a job is queued.
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from common.ranks import World
-from common.settings import ConfigError, flatten, parse_overrides, read_yaml_file
+from common.settings import (
+    STRICT,
+    ConfigError,
+    describe_keys,
+    flatten,
+    parse_overrides,
+    read_yaml_file,
+)
 from data.loading.sources import DataConfig, Opened, check_data
 from data.provenance import check_provenance
 from model import AVFullDiTConfig, JointConfig
@@ -38,75 +48,96 @@ DERIVED = {
 MODEL_DEFAULTS = dataclasses.asdict(AVFullDiTConfig())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SamplesConfig:
-    """Samples while training: how many validation captions, and how they are drawn."""
+    """Samples while training, of the first validation captions."""
 
-    count: int = 4
-    num_steps: int = 50
-    guidance_video: float = 5.0
-    guidance_audio: float = 4.5
-    negative_prompts: bool = True  # Wan's and TangoFlux's; false: guided away from empty captions
+    count: Annotated[int, Field(ge=1, description="Captions to sample.")] = 4
+    num_steps: Annotated[int, Field(ge=1, description="Euler steps.")] = 50
+    guidance_video: Annotated[float, Field(
+        ge=0, allow_inf_nan=False, description="Guidance of the video; 1: none.")] = 5.0
+    guidance_audio: Annotated[float, Field(
+        ge=0, allow_inf_nan=False, description="Guidance of the audio; 1: none.")] = 4.5
+    negative_prompts: Annotated[bool, Field(
+        description="Guide away from Wan's and TangoFlux's negative prompts, as their own samplers "
+        "do; false: from empty captions, for encoders that never read that language.")] = True
 
-    def __post_init__(self) -> None:
-        for key in ("count", "num_steps"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"samples.{key}={getattr(self, key)} must be at least 1")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """One experiment; every key of the YAML. The engine's knobs are in the `deepspeed` JSON."""
 
-    run_dir: str
-    wan: str  # diffusers-layout folder or hub id
-    tangoflux: str  # TangoFlux's own files, folder or hub id
+    run_dir: Annotated[str, Field(description="Where the run keeps everything; one run each.")]
+    wan: Annotated[str, Field(
+        description="Wan2.2-TI2V-5B: a folder in diffusers' layout, or a hub id.")]
+    tangoflux: Annotated[str, Field(
+        description="TangoFlux's own files: a folder, or a hub id.")]
     data: DataConfig
-    task: Literal["t2av", "t2v"] = "t2av"
-    seed: int = 0
-    model: JointConfig = field(default_factory=JointConfig)  # the ablations
+    task: Annotated[Literal["t2av", "t2v"], Field(
+        description="The joint model, or its video-only twin.")] = "t2av"
+    seed: Annotated[int, Field(
+        description="Of new weights, sample order, t, noise and caption dropout.")] = 0
+    model: JointConfig = field(default_factory=JointConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    warmup_steps: int = 100  # linear, then constant
-    decay_steps: int = 0  # at the end, linear towards 0
-    gradient_clipping: float = 1.0
-    ema_decay: float | None = None  # of an average of the weights beside them; None: no average
-    global_batch_size: int = 8
-    max_steps: int = 7500
-    deepspeed: str = "ds_configs/zero2.json"
-    recompute: Literal["none", "full"] = "none"
-    attention: str = "auto"
-    self_check: bool = True  # at the first start: the stitched model contains both backbones
-    check: Literal[False, True, "weights"] = False  # report on this, or the downloads, and stop
-    world_size: int | None = None  # ranks that will run; for check=true away from the cluster
-    log_every: int = 1
-    health_every: int = 100  # norms of updates, attention between the modalities, loss by t
-    sample_every: int | None = None  # None: never; needs the decoders in `wan` and `tangoflux`
+    warmup_steps: Annotated[int, Field(
+        ge=0, description="Updates over which the learning rate rises linearly.")] = 100
+    decay_steps: Annotated[int, Field(
+        ge=0, description="Updates at the end over which it falls linearly towards 0.")] = 0
+    gradient_clipping: Annotated[float, Field(
+        ge=0, description="Largest L2 norm of the whole gradient; 0: no clipping.")] = 1.0
+    ema_decay: Annotated[float | None, Field(
+        gt=0, lt=1, description="Of an exponential average of the weights; null: no average. The "
+        "paper has none; common practice in diffusion.")] = None
+    global_batch_size: Annotated[int, Field(
+        ge=1, description="Samples of one update: micro batch x accumulation x ranks.")] = 8
+    max_steps: Annotated[int, Field(ge=1, description="Updates in all.")] = 7500
+    deepspeed: Annotated[str, Field(
+        description="The engine: a DeepSpeed JSON.")] = "ds_configs/zero2.json"
+    recompute: Annotated[Literal["none", "full"], Field(
+        description="Recompute each block in the backward pass, which saves its activations' "
+        "memory.")] = "none"
+    attention: Annotated[str, Field(
+        description="Attention kernel; auto: the fastest present for this GPU.")] = "auto"
+    self_check: Annotated[bool, Field(
+        description="At the first start, check that the stitched model contains both backbones; "
+        "false saves the minutes that this takes on a slow disk.")] = True
+    check: Annotated[Literal[False, True, "weights"], Field(
+        description="Report on this configuration (true) or on the downloaded weights, and "
+        "exit.")] = False
+    world_size: Annotated[int | None, Field(
+        ge=1, description="Number of ranks that will run, for check=true away from the "
+        "cluster.")] = None
+    log_every: Annotated[int, Field(
+        ge=1, description="Steps of a record; it holds their mean.")] = 1
+    health_every: Annotated[int, Field(
+        ge=1, description="Steps between records of update ratios, attention between the "
+        "modalities and losses by t; lower it to debug, raise it where a step is short.")] = 100
+    sample_every: Annotated[int | None, Field(
+        ge=1, description="Steps between samples; null: never. Needs the decoders in `wan` and "
+        "`tangoflux`.")] = None
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    peak_tflops: float | None = None  # of one device, for MFU; None: by its name
-    validate_every: int | None = 500  # and at the start and the end; None: never
-    validate_only: bool = False  # validation loss of the newest checkpoint, then stop
-    validation_samples: int | None = None  # None: the whole validation split
-    save_every: int = 500
-    keep_checkpoints: int = 2  # the newest ones
-    keep_every: int | None = None  # and those at multiples of this step, for ever
-    timeout_minutes: float = 30.0  # of a collective
-    guard: GuardConfig = field(default_factory=GuardConfig)  # bad numbers
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)  # hangs
-
-    def __post_init__(self) -> None:
-        for key in ("global_batch_size", "max_steps", "log_every", "validate_every", "save_every",
-                    "validation_samples", "keep_every", "world_size", "health_every",
-                    "sample_every"):
-            if (getattr(self, key) or 1) < 1 or getattr(self, key) == 0:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("warmup_steps", "decay_steps", "gradient_clipping", "timeout_minutes"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be between 0 and 1, or null")
-        if self.keep_checkpoints < 2:  # the newest may be the one that is being written
-            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 2")
+    peak_tflops: Annotated[float | None, Field(
+        gt=0, allow_inf_nan=False, description="bf16 peak of one device for MFU, where its name "
+        "is not known; null: by name.")] = None
+    validate_every: Annotated[int | None, Field(
+        ge=1, description="Steps between validations, which also run at the start and the end; "
+        "null: never.")] = 500
+    validate_only: Annotated[bool, Field(
+        description="Validate the newest checkpoint and exit.")] = False
+    validation_samples: Annotated[int | None, Field(
+        ge=1, description="Samples of a validation; null: the whole split.")] = None
+    save_every: Annotated[int, Field(ge=1, description="Steps between checkpoints.")] = 500
+    keep_checkpoints: Annotated[int, Field(
+        ge=2, description="Newest checkpoints to keep; one of them may be half written.")] = 2
+    keep_every: Annotated[int | None, Field(
+        ge=1, description="Also keep every checkpoint at a multiple of this step, for curves over "
+        "training; null: none.")] = None
+    timeout_minutes: Annotated[float, Field(
+        gt=0, description="Of a collective; raise it where loading takes long on a shared "
+        "disk.")] = 30.0
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 class Plan(NamedTuple):
@@ -250,3 +281,10 @@ def _aligned(rows: list[tuple[str, Any, str]]) -> list[str]:
     texts = [(f"{key} = {json.dumps(value, default=str)}", source) for key, value, source in rows]
     width = min(max((len(text) for text, _ in texts), default=0), 60)
     return [f"{text:<{width}}  # {source}" for text, source in texts]
+
+
+def key_table() -> str:
+    """Every key of a run's YAML as a Markdown table: docs/configs.md has it."""
+    rows = [f"| `{key}` | {default} | {bounds} | {text} |"
+            for key, default, bounds, text in describe_keys(RunConfig)]
+    return "\n".join(["| key | default | values | meaning |", "|---|---|---|---|", *rows])

@@ -1,6 +1,7 @@
 """YAML + `key=value` -> a checked dataclass: strict keys, types, and errors a person can act on.
 
-The dataclasses themselves live beside the code that owns them; `train.py` composes them.
+The dataclasses themselves live next to the code that owns them: pydantic's, with bounds and a
+sentence in the `Field` of each key; `config.RunConfig` composes them.
 """
 
 import dataclasses
@@ -11,12 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import ExpectedError
 from common.strict_config import SAME, nearest
 
 T = TypeVar("T")
+STRICT = ConfigDict(extra="forbid")  # of every dataclass of settings
+RULES = {  # pydantic's kind of error -> ours
+    "greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
+    "finite_number": "must be finite",
+}
 
 
 class ConfigError(ExpectedError, ValueError):
@@ -146,6 +153,9 @@ def parse_config(cls: type[T], values: dict, where: str = "config") -> T:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error":  # a dataclass's own check, which names its key
             raise ConfigError(f"{where}: {message}") from error
+        if first["type"] in RULES:
+            rule = RULES[first["type"]].format(**first.get("ctx", {}))
+            raise ConfigError(f"{where}: {key}={first['input']} {rule}") from error
         raise ConfigError(f"{where}: {key}={first['input']!r}: {message}") from error
 
 
@@ -204,3 +214,53 @@ def _typed(annotation: Any, values: Any) -> Any:
         except ValueError:
             return values
     return values
+
+
+def describe_keys(cls: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(key, default, bounds or choices, sentence) of every key; nested ones with their dots."""
+    rows = []
+    for one in dataclasses.fields(cls):
+        annotation = typing.get_type_hints(cls, include_extras=True)[one.name]
+        owner = _dataclass_of(_plain(annotation))
+        if owner is not None:
+            rows += describe_keys(owner, f"{prefix}{one.name}.")
+            continue
+        text, bounds = _described(annotation)
+        rows.append((prefix + one.name, _default(one), bounds, text))
+    return rows
+
+
+def _plain(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _described(annotation: Any) -> tuple[str, str]:
+    """(sentence, bounds) of an `Annotated` key: a pydantic Field, or a sentence alone."""
+    text, bounds = "", []
+    for mark in getattr(annotation, "__metadata__", ()):
+        if isinstance(mark, str):
+            text = mark
+            continue
+        text = mark.description or text
+        for rule in mark.metadata:
+            for name, sign in (("gt", "> "), ("ge", ">= "), ("lt", "< "), ("le", "<= ")):
+                if getattr(rule, name, None) is not None:
+                    bounds.append(f"{sign}{getattr(rule, name):g}")
+    plain = _plain(annotation)
+    if typing.get_origin(plain) is typing.Literal:
+        bounds = [", ".join(_yaml(choice) for choice in typing.get_args(plain))]
+    return text, ", ".join(bounds)
+
+
+def _default(one: Any) -> str:
+    if one.default is not dataclasses.MISSING:
+        return f"`{_yaml(one.default)}`"
+    return "`[]`" if one.default_factory is list else "required"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value,
+                          default_flow_style=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -20,21 +21,20 @@ AUDIO_T = ("shared", "shifted", "independent")
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Density of t before the shift, the shift, caption dropout, and the weights of Eq. 10.
+    """Density of t, caption dropout, and the weights of Eq. 10."""
 
-    ``audio_t`` "shared" is the paper's one t. "shifted" gives audio the same quantile of its own
-    density and shift, a function of the video's t that the sampler follows too. "independent" draws
-    audio's t from a random stream of its own.
-    """
-
-    density: str = "uniform"
-    shift: float = 5.0
-    caption_dropout: float = 0.1
-    video_loss_weight: float = 1.0
-    audio_loss_weight: float = 1.0
-    audio_t: str = "shared"
-    audio_density: str = "uniform"
-    audio_shift: float = 5.0
+    density: Annotated[str, "Of t before the shift: uniform or logit_normal."] = "uniform"
+    shift: Annotated[
+        float, "Flow shift of t, in training and in the sampler; above 0, 1: none."] = 5.0
+    caption_dropout: Annotated[float, "Share of samples that train without captions; 0 to 1."] = 0.1
+    video_loss_weight: Annotated[float, "Weight of the video's loss (Eq. 10); at least 0."] = 1.0
+    audio_loss_weight: Annotated[float, "Weight of the audio's loss (Eq. 10); at least 0."] = 1.0
+    audio_t: Annotated[
+        str, "The audio's t: shared, the paper's one t; shifted, the same quantile of "
+        "audio_density and audio_shift, which the sampler follows; independent, a random stream."
+    ] = "shared"
+    audio_density: Annotated[str, "As density, for the audio's own t."] = "uniform"
+    audio_shift: Annotated[float, "As shift, for the audio's own t."] = 5.0
 
     def __post_init__(self) -> None:
         for name, known in (

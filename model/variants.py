@@ -8,7 +8,7 @@ AVSyncRoPE's tau follows. A combination that means nothing is refused with the r
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from common.strict_config import strict_config
 from model.towers.audio_blocks import AudioDiTConfig
@@ -27,28 +27,29 @@ RENAMED = {"init": {"I0": "normal", "I1": "zero_output", "I2": "bias_warmup"}}
 
 @dataclass(frozen=True)
 class JointConfig:
-    """Ablations. The defaults are the paper's method where it speaks, else the choice of docs/paper.md.
+    """Ablations. The defaults are the paper's method, else the choice of docs/paper.md."""
 
-    num_joint_blocks: Nav. Up to TangoFlux's 18 single blocks; beyond, its double blocks join too.
-    fusion: "full" is AVFull-Attention (Eq. 6-9), "cross" the cross-attention baseline (Table 3a).
-    rope: "shrink_audio" divides the audio index by tau (Eq. 12), "expand_video" multiplies the
-        video time index by tau in every video self-attention, "vanilla" does neither.
-    rope_layout: frequencies of audio in the joint attention: "native" TangoFlux's, "wan" Wan's time
-        channels, "hybrid" native on pretrained heads and wan on new ones.
-    audio_text: "masked" keeps caption and video apart, "stream" lets both see each other.
-    init: of the new weights; "normal" all N(0, 0.02), "zero_output" new v and output zero,
-        "bias_warmup" zero_output and a bias on V <-> A logits that rises from bias_start to 0
-        within bias_steps.
-    """
-
-    num_joint_blocks: int = 18
-    fusion: str = "full"
-    rope: str = "shrink_audio"
-    rope_layout: str = "native"
-    audio_text: str = "masked"
-    init: str = "zero_output"
-    bias_start: float = -10.0
-    bias_steps: int = 300
+    num_joint_blocks: Annotated[
+        int, "Joint layers (the paper's Nav), 1 to 24. Up to TangoFlux's 18 single blocks; beyond, "
+        "its double blocks join, too."] = 18
+    fusion: Annotated[
+        str, "full: AVFull-Attention (Eq. 6-9); cross: the cross-attention baseline (Table 3a)."
+    ] = "full"
+    rope: Annotated[
+        str, "shrink_audio: audio index / tau (Eq. 12); expand_video: video time index x tau in "
+        "every video self-attention; vanilla: neither."] = "shrink_audio"
+    rope_layout: Annotated[
+        str, "Frequencies of audio in the joint attention: native, TangoFlux's; wan, Wan's time "
+        "channels; hybrid, native on pretrained heads and wan on new ones."] = "native"
+    audio_text: Annotated[
+        str, "masked: video and the audio caption never see each other; stream: everything sees "
+        "everything."] = "masked"
+    init: Annotated[
+        str, "New weights: normal, all N(0, 0.02); zero_output, new v and output zero; "
+        "bias_warmup, zero_output and a bias on V <-> A logits that rises to 0."] = "zero_output"
+    bias_start: Annotated[float, "Of init=bias_warmup: the bias at step 0; at most 0."] = -10.0
+    bias_steps: Annotated[
+        int, "Of init=bias_warmup: updates until the bias is 0; at least 1."] = 300
 
     def cross_modal_bias(self, step: int) -> float:
         """Bias of V <-> A logits in the update that leads to step + 1; 0 is the paper's attention.

@@ -87,7 +87,8 @@ def test_named_paths_are_there(path):
 
 def test_the_core_path_is_read_in_an_afternoon():
     """The files that the README lists for it; folders stand for what is in them."""
-    section = (ROOT / "README.md").read_text().split("in an afternoon\n")[1].split("Everything else")[0]
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("in an afternoon\n")[1].split("Everything else")[0]
     names = re.findall(r"`([\w/]+(?:\.py|/))`", section)
     files = {path for name in names
              for path in ((ROOT / name).glob("*.py") if name.endswith("/") else [ROOT / name])}

@@ -4,41 +4,41 @@ Its JSON is training.ds_config's.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from common.ranks import World
+from common.settings import STRICT
 from training.distributed import on_gpu
 from training.ds_config import zero_stage
 from training.zero_state import find_buffers
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """AdamW. The paper gives lr 1e-5 and AdamW; the rest is this project's choice."""
 
-    lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # none on norms, biases and modulation tables
-    lr_new: float = 1.0  # multiplier for the weights that neither backbone had
-
-    def __post_init__(self) -> None:
-        for key in ("lr", "eps", "lr_new"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas={self.betas} must be within [0, 1)")
+    lr: Annotated[float, Field(
+        gt=0, allow_inf_nan=False, description="Learning rate after the warm-up.")] = 1e-5
+    betas: Annotated[tuple[Beta, Beta], Field(description="Decay of both moments.")] = (0.9, 0.999)
+    eps: Annotated[float, Field(
+        gt=0, allow_inf_nan=False, description="Added to the root of the second moment.")] = 1e-8
+    weight_decay: Annotated[float, Field(
+        ge=0, allow_inf_nan=False,
+        description="Decoupled; none on norms, biases and modulation tables.")] = 0.01
+    lr_new: Annotated[float, Field(
+        gt=0, allow_inf_nan=False, description="Multiplier of the learning rate for weights that "
+        "neither backbone had: an ablation of the paper's silence.")] = 1.0
 
 
 def build_sharded(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:

@@ -10,16 +10,19 @@ import functools
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import bytes_to_int, retry
 from torch import Tensor
 
+from common.settings import STRICT
 from data.loading.index import check_split
 from data.loading.order import choose_per_epoch
 from data.schema import (
@@ -33,14 +36,17 @@ from data.schema import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class StreamConfig:
     """One prepared data set: `root`, a folder, or `remote`, e.g. s3://bucket/prefix."""
 
-    root: str | None = None
-    remote: str | None = None
-    proportion: float | None = None  # share of an epoch; None: every sample once, for all streams
-    name: str | None = None  # for messages and the cache; None: the last part of the place
+    root: Annotated[str | None, Field(description="Local folder.")] = None
+    remote: Annotated[str | None, Field(description="Address, e.g. s3://bucket/prefix.")] = None
+    proportion: Annotated[float | None, Field(
+        gt=0, description="Relative share of an epoch; null, for all streams: every sample "
+        "once.")] = None
+    name: Annotated[str | None, Field(
+        description="In messages and in the cache; null: the last part of the place.")] = None
 
     def __post_init__(self) -> None:
         if (self.root is None) == (self.remote is None):
@@ -49,8 +55,6 @@ class StreamConfig:
             )
         if self.remote is not None and not urlsplit(self.remote).scheme:
             raise ValueError(f"data: remote={self.remote} is no address; a local folder is a root")
-        if self.proportion is not None and not self.proportion > 0:
-            raise ValueError(f"data: proportion={self.proportion} of {self.place} must be above 0")
 
     @property
     def place(self) -> str:
@@ -61,25 +65,40 @@ class StreamConfig:
         return self.name or self.place.rstrip("/").rsplit("/", 1)[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Where the shards are and how they are read: one of `root`, `remote` and `streams`."""
 
-    root: str | None = None
-    remote: str | None = None
-    streams: list[StreamConfig] = field(default_factory=list)
-    train_split: str = "train"
-    validation_split: str = "validation"
-    num_workers: int = 2  # processes per rank
-    shuffle: bool = True
-    shuffle_block: int = 1 << 18  # samples that are mixed; part of the order
-    num_canonical_nodes: int = 1  # >1: a node reads only its share of the shards; part of the order
-    cache_dir: str | None = None  # on the node's own disk; None: beside the shards, or in TMPDIR
-    cache_limit: str | None = None  # per node, e.g. 200gb; the coldest shards make room
-    download_retries: int = 4
-    download_timeout_seconds: float = 60.0
-    on_bad_shard: Literal["stop", "substitute"] = "stop"
-    max_substituted_fraction: float = 0.01  # of a split's samples that may be in bad shards
+    root: Annotated[str | None, Field(description="Local folder.")] = None
+    remote: Annotated[str | None, Field(description="Address, e.g. s3://bucket/prefix.")] = None
+    streams: Annotated[list[StreamConfig], Field(
+        description="Several data sets, each with root or remote, proportion and name.")] = field(
+        default_factory=list)
+    train_split: Annotated[str, Field(description="Split to train on.")] = "train"
+    validation_split: Annotated[str, Field(
+        description="Split to validate on; `train` shows whether a model can memorise."
+    )] = "validation"
+    num_workers: Annotated[int, Field(
+        ge=0, description="Loader processes per rank; 0: the rank itself.")] = 2
+    shuffle: Annotated[bool, Field(
+        description="Shuffle each epoch; false for an order that can be read off.")] = True
+    shuffle_block: Annotated[int, Field(
+        ge=1, description="Samples that are mixed at a time; part of the order.")] = 1 << 18
+    num_canonical_nodes: Annotated[int, Field(
+        ge=1, description="Above 1, a node reads only its share of the shards; part of the "
+        "order.")] = 1
+    cache_dir: Annotated[str | None, Field(
+        description="On the node's own disk; null: next to the shards, or in TMPDIR.")] = None
+    cache_limit: Annotated[str | None, Field(
+        description="Per node, e.g. 200gb; the coldest shards make room. null: no limit.")] = None
+    download_retries: Annotated[int, Field(
+        ge=1, description="Of a remote file; raise it for a store that throttles.")] = 4
+    download_timeout_seconds: Annotated[float, Field(
+        gt=0, description="Of one attempt; raise it for a slow store.")] = 60.0
+    on_bad_shard: Annotated[Literal["stop", "substitute"], Field(
+        description="Stop at a damaged shard or sample, or take its neighbour.")] = "stop"
+    max_substituted_fraction: Annotated[float, Field(
+        ge=0, lt=1, description="Of a split's samples that may lie in bad shards.")] = 0.01
 
     def __post_init__(self) -> None:
         given = [key for key in ("root", "remote", "streams") if getattr(self, key)]
@@ -98,19 +117,11 @@ class DataConfig:
         for label in labels:
             if labels.count(label) > 1 or not re.fullmatch(r"[\w.-]+", label):
                 raise ValueError(f"data.streams: name {label!r} must be unique, of [A-Za-z0-9_.-]")
-        for key in ("download_retries", "num_canonical_nodes", "shuffle_block",
-                    "download_timeout_seconds"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"data.{key}={getattr(self, key)} must be above 0")
         try:
             bytes_to_int(self.cache_limit or 0)
         except ValueError as error:
             raise ValueError(
                 f"data.cache_limit={self.cache_limit}: must be a size like 200gb") from error
-        if not 0 <= self.max_substituted_fraction < 1:
-            raise ValueError(
-                f"data.max_substituted_fraction={self.max_substituted_fraction} must be in [0, 1)"
-            )
 
     @property
     def all_streams(self) -> list[StreamConfig]:

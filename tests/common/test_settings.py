@@ -3,10 +3,19 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
-from common.settings import ConfigError, flatten, load_config, parse_config, read_yaml
+from common.settings import (
+    ConfigError,
+    describe_keys,
+    flatten,
+    load_config,
+    parse_config,
+    read_yaml,
+)
 from training.ds_config import (
     OFFERED,
     OWNED_BY_YAML,
@@ -181,3 +190,26 @@ def test_batch_arithmetic():
 def test_flatten():
     assert flatten({"a": {"b": {"c": 1}, "d": [{"e": 2}]}, "f": {}, "g": None}) == {
         "a.b.c": 1, "a.d": [{"e": 2}], "f": {}, "g": None}
+
+
+@dataclass(frozen=True)
+class Documented:
+    rate: Annotated[float, Field(gt=0, le=2, description="How fast.")]
+    kind: Annotated[Literal["a", "b"], Field(description="Which one.")] = "a"
+    light: Annotated[int, "Without pydantic."] = 3
+    many: list[int] = field(default_factory=list)
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_keys_are_described_where_they_are_declared():
+    assert describe_keys(Documented)[:4] == [
+        ("rate", "required", "> 0, <= 2", "How fast."), ("kind", "`a`", "a, b", "Which one."),
+        ("light", "`3`", "", "Without pydantic."), ("many", "`[]`", "", "")]
+    assert describe_keys(Documented)[4][0].startswith("inner.")
+
+
+@pytest.mark.parametrize(("value", "rule"), [
+    (0, "rate=0 must be above 0"), (3, "rate=3 must be at most 2")])
+def test_a_bound_is_named(value, rule):
+    with pytest.raises(ConfigError, match=rule):
+        parse_config(Documented, {"rate": value})

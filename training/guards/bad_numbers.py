@@ -10,15 +10,17 @@ Called by train.py.
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from common.errors import ExpectedError
 from common.files import append_lines, keep_lines_before
 from common.ranks import World, gather_objects, sum_over_ranks
+from common.settings import STRICT
 
 
 class BadNumbersError(ExpectedError, RuntimeError):
@@ -27,19 +29,19 @@ class BadNumbersError(ExpectedError, RuntimeError):
     exit_code = 77
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class GuardConfig:
-    """What is done about bad numbers."""
+    """Reaction to bad numbers."""
 
-    max_skips: int = 10  # updates skipped in a row before the run ends
-    spike: Literal["log", "skip", "stop"] = "log"
-    spike_sigmas: float = 6.0  # above the mean of the last steps' losses
-    spike_window: int = 128  # steps; judged from half of it on
-
-    def __post_init__(self) -> None:
-        for key, least in (("max_skips", 1), ("spike_sigmas", 1), ("spike_window", 8)):
-            if not getattr(self, key) >= least:  # nor NaN
-                raise ValueError(f"guard.{key}={getattr(self, key)} must be at least {least}")
+    max_skips: Annotated[int, Field(
+        ge=1, description="Updates skipped in a row before the run ends.")] = 10
+    spike: Annotated[Literal["log", "skip", "stop"], Field(
+        description="Reaction to a spike of the loss.")] = "log"
+    spike_sigmas: Annotated[float, Field(
+        ge=1, description="Standard deviations above the mean of the last losses that make a "
+        "spike.")] = 6.0
+    spike_window: Annotated[int, Field(
+        ge=8, description="Last losses that are compared with; judged from half of it on.")] = 128
 
 
 class Drawn(NamedTuple):

@@ -13,9 +13,12 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from common.settings import STRICT
 from training.guards.failure_report import Failure
 
 EXIT_CODE = 76
@@ -23,24 +26,18 @@ POLL_SECONDS = 2.0
 END_SECONDS = 8.0  # for the stacks of all ranks, whatever becomes of the disk they go to
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class WatchdogConfig:
-    """Seconds that one turn of a phase may take on a rank; .inf for no limit."""
+    """Seconds that one turn of a section may take on a rank; .inf for no limit."""
 
-    start: float = 7200.0  # build, weights or checkpoint, self-check
-    data: float = 900.0  # one batch
-    compute: float = 900.0  # one step; the first one compiles
-    checkpoint: float = 3600.0
-    validation: float = 900.0  # one validation batch
-    sampling: float = 1800.0  # one clip, or decoding a rank's share
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(
-                    f"watchdog.{field.name}={getattr(self, field.name)} must be above 0 seconds; "
-                    ".inf for no limit"
-                )
+    start: Annotated[float, Field(
+        gt=0, description="Build, weights or checkpoint, self-check.")] = 7200.0
+    data: Annotated[float, Field(gt=0, description="One batch.")] = 900.0
+    compute: Annotated[float, Field(gt=0, description="One step; the first one compiles.")] = 900.0
+    checkpoint: Annotated[float, Field(gt=0, description="One checkpoint.")] = 3600.0
+    validation: Annotated[float, Field(gt=0, description="One validation batch.")] = 900.0
+    sampling: Annotated[float, Field(
+        gt=0, description="One clip, or the decoding of a rank's share.")] = 1800.0
 
 
 class Watchdog:

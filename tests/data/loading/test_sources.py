@@ -121,14 +121,14 @@ def test_duration_follows_the_stream(roots):
     ({"root": "a", "remote": "s3://b/c"}, "data: root and remote given"),
     ({"streams": [{"root": "a"}, {"root": "b/a"}]}, "name 'a' must be unique"),
     ({"streams": [{"root": "a", "proportion": 1}, {"root": "b"}]}, "only a has a proportion"),
-    ({"streams": [{"root": "a", "proportion": 0}]}, "proportion=0.0 of a must be above 0"),
+    ({"streams": [{"root": "a", "proportion": 0}]}, "streams.0.proportion=0 must be above 0"),
     ({"streams": [{"root": "a", "rot": "b"}]},
      "unknown key 'streams.0.rot'; did you mean 'streams.0.root'?"),
     ({"streams": [{"name": "a"}]}, "a stream has root=None and remote=None; give exactly one"),
     ({"remote": "bucket/a"}, "remote=bucket/a is no address; a local folder is a root"),
-    ({"root": "a", "max_substituted_fraction": 1}, "max_substituted_fraction=1.0 must be in"),
+    ({"root": "a", "max_substituted_fraction": 1}, "max_substituted_fraction=1 must be below 1"),
     ({"root": "a", "on_bad_shard": "skip"}, "on_bad_shard='skip'"),
-    ({"root": "a", "download_retries": 0}, "data.download_retries=0 must be above 0"),
+    ({"root": "a", "download_retries": 0}, "download_retries=0 must be at least 1"),
 ])
 def test_bad_configs_are_one_line(values, message):
     with pytest.raises(ConfigError) as error:

@@ -110,7 +110,7 @@ def test_records_of_steps_done_again_are_dropped(tmp_path):
 @pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5},
                                     {"spike_sigmas": math.nan}])
 def test_bad_settings_are_named(values):
-    with pytest.raises(ValueError, match=f"guard.{next(iter(values))}"):
+    with pytest.raises(ValueError, match=next(iter(values))):
         GuardConfig(**values)
 
 
