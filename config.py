@@ -204,7 +204,7 @@ def resume_lines(config: RunConfig, plan: Plan) -> list[str]:
     """
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
-        raise CheckpointError(f"run_dir={run_dir} is no folder: choose another")
+        raise CheckpointError(f"run_dir={run_dir} is not a folder: choose another")
     tags = complete_tags(run_dir)
     if not tags:
         if any(run_dir.glob(f"checkpoints/step*/{MANIFEST}")):

@@ -7,7 +7,7 @@
 
 The same command resumes. t, noise, caption drop and the audio latent's draw are functions of
 (seed, epoch, sample id), the learning rate is a function of the step: nothing of either depends on
-rank or world size, and a t2v run meets the video noise of its t2av twin.
+rank or world size, and a t2v run has the video noise of its t2av twin.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
         save_load.load_checkpoint(engine, found, world, ema)
         supervisor.last_good = found.tag
 
-    # What the ranks tell each other of a step, and the batches of every step from `first` on.
+    # What the ranks exchange at every step, and the batches of every step from `first` on.
     agreement = StepAgreement(
         supervisor, config.guard, rewrite_from, kept.get("guard"), engine.device)
     ledger = run_dir / "substitutions.jsonl" if world.is_main and not config.validate_only else None
@@ -152,7 +152,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
     step, epoch = first, 0
     while True:
         # Between two steps: validate, sample, save. The first and the last step pass here, too, so
-        # that the final save is no special case.
+        # that the final save is not a special case.
         stopping = supervisor.stop is not None
         done = due.done(step) or stopping
         if due.validation(step, stopping):
@@ -190,14 +190,14 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
             with supervisor.section("validation"):
                 log.health(step, evaluator.look_inside(step))
 
-    # Leave word for whoever started the run, and end the loader's processes: they would keep a job
-    # step alive.
+    # Leave the final state for the batch script, and end the loader's processes, which would keep a
+    # job step alive.
     log.end(step, supervisor.finish(step, config.max_steps, config.validate_only))
     loader.close()
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: cluster.requeue tells what each means."""
+    """Exit status; cluster.requeue explains each."""
     arguments = [a for a in arguments if not a.startswith("--local_rank")]  # deepspeed launcher
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
@@ -216,8 +216,8 @@ def main(arguments: list[str]) -> int:
         started = True
         run(config, plan, world)
     except ExpectedError as error:
-        # What every rank finds is said once per node; what one rank meets later, by that rank. The
-        # launcher ends all with the first that leaves, so the others wait for the one that speaks.
+        # An error of every rank is printed once per node; a later one, by its rank. The launcher
+        # ends all with the first that leaves, so the others wait for the one that speaks.
         if not started and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SPEAKER_SECONDS)
         where = f"rank {os.environ['RANK']}: " if started and world.world_size > 1 else ""

@@ -98,7 +98,7 @@ def read_code() -> str:
 
 
 def data_places(values: dict[str, Any], key: str) -> list[str]:
-    """Every data.root or data.remote; what is no mapping is for train.py to refuse."""
+    """Every data.root or data.remote; train.py refuses what is not a mapping."""
     data = values.get("data")
     streams = data.get("streams") if isinstance(data, dict) else None
     found = [data, *(streams if isinstance(streams, list) else [])]

@@ -3,10 +3,10 @@
     srun ... python -m cluster.preflight CONFIG [key=value ...]
 
 Every rank looks at itself (device, driver, memory, disk, clock, versions, code, the paths that the
-config names, one matrix product) and tells rank 0 through a key-value store, before any collective
-can hang. Then the ranks of each node reduce among themselves, then all of them. Rank 0 says what it
-found, a line per node, and whom to exclude: a node that does not answer, answers late, differs, or
-computes wrongly or slowly. Exit status 0: go on. Called by launch/train.sbatch.
+config names, one matrix product) and reports to rank 0 through a key-value store, before any
+collective can hang. Then the ranks of each node reduce among themselves, then all of them. Rank 0
+says what it found, a line per node, and whom to exclude: a node that does not answer, answers late,
+differs, or computes wrongly or slowly. Exit status 0: go on. Called by launch/train.sbatch.
 """
 
 import json
@@ -87,7 +87,7 @@ class Meeting:
             print(f"error: preflight: {host}: {'; '.join(problems)}", file=sys.stderr)
         if wrong:
             names = ",".join(sorted(wrong))
-            advice = f"submit again with --exclude={names}, and tell who runs the cluster"
+            advice = f"submit again with --exclude={names}, and report it to the administrators"
             everywhere = len(wrong) * self.world.local_world_size >= self.world.world_size
             if everywhere and all("is not reachable" in text for each in wrong.values()
                                   for text in each):

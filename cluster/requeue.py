@@ -26,7 +26,7 @@ TERMINATED = 143  # by SIGTERM, which comes from outside: a preemption before tr
 
 
 def latest_state(run_dir: Path) -> str:
-    """What the newest start told; "unknown" if it did not get so far."""
+    """State that the newest start reported; "unknown" if it did not get so far."""
     status, jobs = read_status(run_dir), read_lines(run_dir / "jobs.jsonl", skip_damaged=True)
     return status["state"] if is_told(status, jobs) else "unknown"
 
@@ -41,7 +41,7 @@ def decide(run_dir: Path, code: int) -> tuple[bool, str]:
     """(requeue?, why), and a line in RUN/requeues.jsonl.
 
     A crash that brought no new checkpoint may be bad luck, more than FRUITLESS_STARTS in a row are
-    a crash loop. A preemption is no crash, and a job that a person submits counts anew.
+    a crash loop. A preemption is not a crash, and a newly submitted job starts the count again.
     """
     state, step = latest_state(run_dir), newest_step(run_dir)
     ledger, job = run_dir / "requeues.jsonl", os.environ.get("SLURM_JOB_ID")

@@ -21,7 +21,7 @@ def whole_file(path: Path, mode: str = "w", aside: Path | None = None) -> Iterat
 
     Raises:
         OSError: disk full, no permission, ...; whatever is raised, `path` is as it was and nothing
-            is left beside it.
+            is left next to it.
     """
     aside = aside or path.with_name(path.name + ".tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}

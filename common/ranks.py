@@ -1,4 +1,4 @@
-"""Who am I: ranks from whichever launcher set them, checked, and told to everybody else.
+"""Ranks from whichever launcher set them, checked, and exported for the libraries.
 
 srun, torchrun, the `deepspeed` launcher and a bare `python train.py` name ranks differently, and
 two of them do not set LOCAL_WORLD_SIZE, without which mosaicml-streaming takes every rank for the

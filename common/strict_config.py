@@ -1,6 +1,6 @@
 """Strict construction of the model's frozen config dataclasses from plain mappings.
 
-The dataclasses live beside the modules that own them; this is the one function they share. An
+The dataclasses live next to the modules that own them; this is the one function they share. An
 unknown key, a wrong type or a wrong value is an error that names the key, the value and the fix.
 """
 

@@ -42,7 +42,7 @@ def check_provenance(
         roots: data.root -> its dataset.json.
         wan, tangoflux: folders or hub ids, as the run names them; None where the task has none.
 
-    Returns: what could not be or differs without harm, one line each, to be said once.
+    Returns: what could not be or differs without harm, one line each, for the log.
     Reads a few KB per tensor and nothing from the network. DataError, in one line, names the
     field, both values and the fix.
     """

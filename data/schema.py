@@ -67,14 +67,14 @@ class Metadata:
     audio_text_width: int
     fingerprints: dict[str, str] = field(default_factory=dict)  # encoder -> data.provenance's
     settings: dict[str, Any] = field(default_factory=dict)  # what else a sample depends on
-    files: dict[str, str] = field(default_factory=dict)  # file that is no shard -> its HASH
+    files: dict[str, str] = field(default_factory=dict)  # file that is not a shard -> its HASH
     counts: dict[str, int] = field(default_factory=dict)  # split -> samples
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> clips
     format: int = FORMAT
 
     @property
     def duration(self) -> float:
-        """Seconds of a sample, frames / fps: what the duration token is told."""
+        """Seconds of a sample, frames / fps: the duration token's value."""
         return self.frames / self.fps
 
 
@@ -218,7 +218,7 @@ def _versioned(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_text_states(root: str | Path) -> dict[str, Tensor]:
-    """Encoded "" and negative prompts, bfloat16, stored beside the shards.
+    """Encoded "" and negative prompts, bfloat16, stored next to the shards.
 
     Returns: video_empty (n, D), video_negative (n, D), and audio_empty, audio_negative (64, D)
     with audio_empty_mask, audio_negative_mask (64,) bool. Video rows are not padded.

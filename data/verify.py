@@ -50,7 +50,7 @@ def faults(root: Path) -> Iterator[str]:
 
 
 def _small_files(root: Path, metadata: Metadata) -> Iterator[tuple[str, str]]:
-    """(name, line) of every bad file that is no shard."""
+    """(name, line) of every bad file that is not a shard."""
     for name in sorted(metadata.files.keys() | {TEXT_FILE}):
         path = root / name
         if not path.is_file():

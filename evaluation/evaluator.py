@@ -168,9 +168,9 @@ class Evaluator(NamedTuple):
         return (Path(self.config.run_dir) / "samples" / f"step{step:08d}" / CAPTIONS).is_file()
 
     def survive(self, what: str, step: int, action: Callable[[], T]) -> T | None:
-        """Run an action that training can do without; None when it failed, and why is said.
+        """Run optional work; None, with a warning, when it failed.
 
-        What one rank alone met within a collective ends the run: the others wait in it.
+        A failure of one rank within a collective ends the run: the others wait in it.
         """
         try:
             return action()

@@ -1,6 +1,6 @@
 """RUN/samples/index.html: every prompt's clips side by side over the steps, to be opened offline.
 
-Plain HTML that names the files beside it; written anew after each round of samples. Called by
+Plain HTML that links to the files next to it; written again after each round of samples. Called by
 evaluation.samples.
 """
 
@@ -39,7 +39,7 @@ for (const row of document.querySelectorAll('tr')) {
 
 
 def write_gallery(samples: Path, title: str) -> Path:
-    """Write `samples`/index.html from the step folders beside it; returns its path.
+    """Write `samples`/index.html from the step folders next to it; returns its path.
 
     A clip's caption is what its prompts.json says. The column "validation" holds the real clips.
     """

@@ -1,7 +1,7 @@
 """What happens inside the model on a few samples: attention between the modalities, activations.
 
 The gauges are forward hooks that are there only while `Gauges.on` is open, around a forward
-without gradients: training never meets them. Attention mass is the share of a query's softmax
+without gradients: training is not affected. Attention mass is the share of a query's softmax
 that lies on the other modality's keys, computed as written and not by the kernel, which does not
 tell. Called by train.py every `health_every` steps.
 """
@@ -86,7 +86,7 @@ def attention_mass(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of AVFull-Attention: audio's mass on video keys and video's on audio keys, (B,) each.
 
-    Means over queries and heads. Arguments as in AVFullAttention.forward; ``masked`` tells that
+    Means over queries and heads. Arguments as in AVFullAttention.forward; ``masked`` says that
     video does not see the audio caption's tokens.
     """
     num_video = video.key.shape[1]

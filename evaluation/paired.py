@@ -1,6 +1,6 @@
 """Two runs on the same validation samples: the difference of their losses, sample by sample.
 
-Both runs meet each sample at the same t and noise, so what varies between samples cancels and a
+Both runs evaluate each sample at the same t and noise, so what varies between samples cancels and a
 small difference shows. Called by tools.report.
 """
 

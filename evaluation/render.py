@@ -52,7 +52,7 @@ def write_files(
     path: Path, frames: np.ndarray, fps: float, sound: np.ndarray | None, sample_rate: int,
     title: str,
 ) -> None:
-    """`path`, an mp4 with its sound, and beside it the contact sheet as PNG."""
+    """`path`, an mp4 with its sound, and next to it the contact sheet as PNG."""
     write_clip(path, frames, fps, sound, sample_rate)
     sheet = draw_contact_sheet(frames, fps, sound, sample_rate, title)
     write_contact_sheet(path.with_suffix(".png"), sheet)

@@ -1,7 +1,7 @@
 """Samples of a training that runs: fixed prompts and seeds, drawn by all ranks together.
 
 The prompts are validation samples, whose caption states are stored with them, so that no text
-encoder is loaded beside the model; the noise is that of `tools.sample` with the same captions.
+encoder is loaded next to the model; the noise is that of `tools.sample` with the same captions.
 Every rank draws its share with the same calls in the same order, as ZeRO-3 needs, then decodes it;
 the decoders are on the device only for that. The first prompt is drawn twice more: at guidance 1,
 and with the audio stream cut off, which shows whether sound changes the picture. Called by

@@ -49,7 +49,7 @@ def summary_table(runs: list[tuple[Path, Curves]]) -> str:
         task = read_run_file(run_dir / "config" / "run.json")["task"]
         rows.setdefault("task", []).append(task)
         rows.setdefault("steps", []).append(str(steps[-1]) if len(steps) else "none")
-        for modality in ("video", "audio"):  # their sum is no neighbour of the twin's video alone
+        for modality in ("video", "audio"):  # their sum does not compare with the twin's video
             _, loss = curves.points(f"train/loss_{modality}")
             rows.setdefault(f"last training {modality} loss", []).append(
                 f"{loss[-1]:.4f}" if len(loss) else "")
@@ -71,7 +71,7 @@ def summary_table(runs: list[tuple[Path, Curves]]) -> str:
 
 
 def model_table(run_dir: Path) -> str:
-    """The parts of the model as gradients are told by, their parameters and structure.
+    """The parts that gradients are reported by, their parameters and structure.
 
     Raises:
         ConfigError: RUN/config/model.json is missing or does not describe a model.

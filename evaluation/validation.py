@@ -1,6 +1,6 @@
 """Validation loss that two runs can be compared by: fixed samples, fixed t, fixed noise.
 
-Every sample meets the same t and noise at every step, in t2av and t2v, with raw and averaged
+Every sample has the same t and noise at every step, in t2av and t2v, with raw and averaged
 weights; batches are the same on any number of ranks, so the numbers are too. Each sample's losses
 go into a file, because a difference of two runs is far less noisy per sample than in the mean:
 
@@ -42,7 +42,7 @@ def measure(
     Args:
         shares: this rank's (batch, which of its samples are real), as many on every rank.
         sound: whether audio losses mean anything.
-        on_batch: called before each batch, for whoever watches the time.
+        on_batch: called before each batch, for the watchdog.
 
     Raises:
         AttemptError: on every rank, when a forward failed on any.

@@ -27,7 +27,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton}
 container=() srun_options=()
 # container=(apptainer exec --nv --bind "$PWD" avfulldit.sif)                          # EDIT
 # srun_options=(--container-image=avfulldit.sqsh --container-mounts="$PWD")            # EDIT: pyxis
-once() {  # one process in it, beside the ranks: the node itself need not have the environment
+once() {  # one process in it, next to the ranks: the node itself need not have the environment
   if [[ ${#srun_options[@]} == 0 ]]; then "${container[@]}" "$@"; return; fi
   srun --quiet --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "$@"
 }

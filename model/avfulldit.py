@@ -29,7 +29,7 @@ class AVFullDiT(nn.Module):
     """The whole model.
 
     ``recompute`` "full" recomputes each block in the backward pass (a joint block as one unit);
-    ``attention`` is a name of `model.towers.attention.KERNELS`; ``attention_kernel`` tells the
+    ``attention`` is a name of `model.towers.attention.KERNELS`; ``attention_kernel`` names the
     choice.
     """
 

@@ -197,7 +197,7 @@ def _first_layers(config: AVFullDiTConfig, shape: Shape) -> int:
         return flops
     audio = config.audio
     assert audio is not None
-    # The caption's states reach `context_embedder` beside the duration token, which is learned.
+    # The caption's states reach `context_embedder` next to the duration token, which is learned.
     return (
         flops
         + _product(1, audio.joint_attention_dim, audio.pooled_projection_dim)

@@ -2,7 +2,7 @@
 
 x_t = (1 - t) x_0 + t eps, one t shared by both modalities, independent eps; target eps - x_0.
 Every random number is a function of (stream, seed, epoch, sample id) and drawn on the CPU: the
-same sample meets the same t and noise on any device, rank, world size and batch, in t2av and t2v.
+same sample has the same t and noise on any device, rank, world size and batch, in t2av and t2v.
 """
 
 import hashlib

@@ -19,7 +19,7 @@ from model.variants import AVFullDiTConfig
 
 
 class Coupling(NamedTuple):
-    """How the two streams meet in one forward; the same in every joint block."""
+    """How the two streams are coupled in one forward pass; the same in every joint block."""
 
     cross_modal: bool  # False masks V <-> A: the outputs are then those of the two towers
     bias: float  # on V <-> A logits; 0 is the paper's attention
@@ -191,7 +191,7 @@ class JointBlock(nn.Module):
         """Both sides read the other as it was after its self-attention's residual."""
         assert coupling.ropes is not None
         video_rope, stream_rope = coupling.ropes
-        # masked: video and the audio caption never meet; stream: its tokens are part of audio.
+        # masked: video and the audio caption never see each other; stream: it is part of audio.
         size = num_audio if self.audio_text == "masked" else stream.shape[1]
         heard, rope = stream[:, :size], Rope(*(table[:size] for table in stream_rope))
         to_video = self.new_video_fusion(video, heard, video_rope, rope)

@@ -1,7 +1,7 @@
 """The training objective on one micro-batch: captions dropped, t and noise drawn, losses taken.
 
 Everything random is a pure function of (seed, epoch, sample id) through `flow.keyed_*`: the same
-sample meets the same t and noise on 1 device or 64, in t2av and in t2v, resumed or not. Called by
+sample has the same t and noise on 1 device or 64, in t2av and in t2v, resumed or not. Called by
 train.py for training and for the validation loss. Eq. 2, 3 and 10 of arXiv 2512.02457.
 """
 
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """One micro-batch as the model meets it."""
+    """One micro-batch as the model sees it."""
 
     inputs: dict[str, Any]  # keyword arguments of AVFullDiT.forward
     video_target: Tensor  # (B, C, T, H, W)

@@ -1,7 +1,7 @@
 """Trained weights out of a run: `python -m tools.export RUN FOLDER [--step N] [--layout released]`.
 
 The default folder is AVFullDiT.save_pretrained's (config.json and safetensors, float32), with the
-run's own configuration beside it: `AVFullDiT.from_pretrained(FOLDER)` and `tools.sample FOLDER`
+run's own configuration next to it: `AVFullDiT.from_pretrained(FOLDER)` and `tools.sample FOLDER`
 read it. `--layout released` writes each tower under its released names instead, as far as those
 reach: the new weights of the joint blocks have no place there.
 """
@@ -20,7 +20,7 @@ from model.weights.load import TANGOFLUX_OTHER, PretrainedError, export_tangoflu
 from model.weights.released import TANGOFLUX_OTHER_TENSORS
 from training.checkpoint.save_load import CheckpointError
 
-RUN_FILES = ("run.json", "data.json")  # what sampling needs to know beside the model
+RUN_FILES = ("run.json", "data.json")  # what sampling needs to know besides the model
 
 
 def export(run: Path, folder: Path, step: int | None, layout: str, ema: bool = False) -> int:

@@ -4,7 +4,7 @@ Curves, validation loss by t, throughput with restarts, the last samples with th
 configured and what made the weights; everything is inside the file, which opens offline. With two
 runs every plot holds both, and the paired difference of their validation losses comes with its
 interval: made for a t2av run and its t2v twin. `--reference metrics.jsonl` draws another run's
-curves beside them, and `--overlay` puts them beside RUN/tb for TensorBoard.
+curves next to them, and `--overlay` puts them next to RUN/tb for TensorBoard.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def paired_section(run_a: Path, run_b: Path) -> str:
 
 
 def _not_paired(run_a: Path, run_b: Path, steps: list[int]) -> str:
-    """Which samples `differences` left out because no id tells them apart."""
+    """Which samples `differences` left out because they share an id."""
     twice = sorted({name for run in (run_a, run_b) for step in steps
                     for name in repeated_ids(run, step)})
     if not twice:
@@ -139,7 +139,7 @@ def build_page(run_dirs: list[Path], references: list[Path]) -> str:
               for letter, run in zip("AB", run_dirs, strict=False)]
     runs = [load_curves(run, place, [start["first_step"] for start in read_starts(run)[1:]], label)
             for place, (run, label) in enumerate(zip(run_dirs, labels, strict=True))]
-    beside = [read_reference(path, 2 + place) for place, path in enumerate(references)]
+    others = [read_reference(path, 2 + place) for place, path in enumerate(references)]
     title = html.escape(" and ".join(labels))
     paired = ""
     if len(run_dirs) == 2:
@@ -151,12 +151,12 @@ def build_page(run_dirs: list[Path], references: list[Path]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style><h1>{title}</h1>"
         f"{summary_table(list(zip(run_dirs, runs, strict=True)))}{paired}"
-        f"<h2>Curves</h2>{plots_section(runs, beside)}{samples}{cards}</html>\n"
+        f"<h2>Curves</h2>{plots_section(runs, others)}{samples}{cards}</html>\n"
     )
 
 
 def reference_name(path: Path) -> str:
-    """What tells references apart: the file's name, or its run's where it is metrics.jsonl."""
+    """A reference's name: the file's, or its run's where it is metrics.jsonl."""
     return path.resolve().parent.name if path.stem == "metrics" else path.stem
 
 
@@ -175,7 +175,7 @@ def check_references(references: list[Path], overlay: bool) -> None:
 
 
 def read_reference(path: Path, place: int) -> Curves:
-    """Another run's metrics.jsonl, by itself; a value that is no number is left out."""
+    """Another run's metrics.jsonl, by itself; a value that is not a number is left out."""
     rule = f"--reference={path}: {{}}; give the metrics.jsonl of a run"
     if not path.is_file():
         raise ConfigError(rule.format("no such file"))
@@ -208,7 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one run, or two")
     parser.add_argument("--reference", type=Path, action="append", default=[],
-                        help="metrics.jsonl of a run to draw beside them; may be repeated")
+                        help="metrics.jsonl of a run to draw next to them; may be repeated")
     parser.add_argument("--overlay", action="store_true", help="references into TensorBoard too")
     parser.add_argument("--out", type=Path, help="default: RUN/report.html")
     arguments = parser.parse_args()

@@ -33,7 +33,7 @@ from training.checkpoint.save_load import CheckpointError
 
 
 class Prompt(NamedTuple):
-    """What to show and what to be heard."""
+    """A caption of the picture and one of the sound."""
 
     name: str
     video_caption: str
@@ -63,7 +63,7 @@ def read_prompts(path: Path, split: str | None, count: int | None) -> list[Promp
             if key not in record:
                 raise ConfigError(f"{where}: key '{key}' is missing; add it")
             if not isinstance(record[key], str):
-                raise ConfigError(f"{where}: key '{key}' is no string; put it in quotes")
+                raise ConfigError(f"{where}: key '{key}' is not a string; put it in quotes")
         name = str(record.get("id", f"prompt{len(prompts):03d}")).replace("/", "_")
         if lines.setdefault(name, number) != number:  # its clip would be overwritten
             raise ConfigError(f"{where}: id '{name}' is taken by line {lines[name]}; ids name the "

@@ -30,7 +30,7 @@ QUEUED = ", in the queue again unless cancelled (squeue --me)"  # which these fi
 
 
 class StatusError(ValueError):
-    """Nothing to tell; the message says why and what to do."""
+    """Nothing to report; the message says why and what to do."""
 
 
 def find_run(target: str, overrides: list[str]) -> Path:
@@ -195,7 +195,7 @@ def describe_jobs(run: Run) -> list[str]:
             f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
             f"{'ended' if ended else 'started'} {in_words(run.now - jobs[-1]['time'])} ago")
         nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
-        # A resubmitted job counts its restarts anew, the ledger does not.
+        # A resubmitted job counts its restarts from 0, the ledger does not.
         itself = sum(entry["requeue"] for entry in run.requeues)
         waits = decided(run, jobs[-1]).get("requeue", False)
         lines.append(f"starts      {len(starts)}, on {nodes}; requeued "

@@ -1,8 +1,8 @@
 """The lock of an extension's build, when its builder is dead.
 
 torch compiles DeepSpeed's extensions at first use, under a file named `lock`. A start that is
-killed meanwhile leaves it, and every later one waits for it for ever, without a word. The builder
-keeps the file open, so that on this machine it can be told whether it lives. Called by
+killed meanwhile leaves it, and every later one waits for it without end or message. The builder
+keeps the file open, which shows on this machine whether it lives. Called by
 training.distributed before anything is built.
 """
 

@@ -56,7 +56,7 @@ class Schedule:
             step > self.first or not self.validated)
 
     def recorded(self, step: int) -> bool:
-        """Whether a validation at this step is on record, and only said again."""
+        """Whether a validation at this step is on record, and only printed again."""
         return step == self.first and self.validated
 
     def samples(self, step: int, stopping: bool) -> bool:

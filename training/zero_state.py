@@ -1,7 +1,7 @@
 """This rank's fp32 training state, whatever keeps it: which elements of which parameter lie where.
 
 DeepSpeed keeps the fp32 weights, Adam's moments and the gradients in flat buffers whose layout
-depends on the ZeRO stage, the precision and the world size. `find_buffers` and `own_gradients` tell
+depends on the ZeRO stage, the precision and the world size. `find_buffers` and `own_gradients` give
 all of them in one form, which the checkpoint, the EMA and the norms work on. These are not public
 names of DeepSpeed, and no other file uses them: the version is pinned,
 tests/training/checkpoint/test_checkpoint.py resumes every kind from every other, and
@@ -156,7 +156,7 @@ def _stage3_gradients(
     kept: DeepSpeedZeroOptimizer_Stage3, names: dict[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
     for index, group in enumerate(kept.fp16_groups):
-        if kept.offload_optimizer:  # they went to the host, beside the weights' own place
+        if kept.offload_optimizer:  # they went to the host, next to the weights' own place
             flat, sizes = kept.fp32_partitioned_groups_flat[index].grad, []
             for p in group:
                 sizes.append(p.partition_numel())

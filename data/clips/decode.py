@@ -53,7 +53,7 @@ def read_cut(path: str | Path, spec: CutSpec, t0: float | None = None, view: int
     if fault is not None:
         if not spec.keep_silent:
             raise fault
-        audio = np.zeros_like(audio)  # what is too faint to be sound is no sound
+        audio = np.zeros_like(audio)  # too faint to count as sound
     facts = Facts(
         t0=begin,
         source_fps=found.fps,

@@ -57,7 +57,7 @@ def write_clip(
     """Write `frames` (T,H,W,3) uint8 at `fps`, and `audio` (N,2) float32 in [-1,1], to an mp4.
 
     `audio=None` writes a silent (picture only) file. Sample n of the sound belongs to n/sample_rate
-    seconds, frame k to k/fps. Raises ValueError where a shape or type is not as said.
+    seconds, frame k to k/fps. Raises ValueError for any other shape or type.
     """
     _check(frames, audio)
     rate = Fraction(fps).limit_denominator(1001)

@@ -124,7 +124,7 @@ def probe(path: str | Path, need_sound: bool = True) -> Probe:
 
 
 def choose_video(container: Any) -> Any:
-    """The default, then the largest picture (ffmpeg's own choice); cover art is no video."""
+    """The default, then the largest picture (ffmpeg's own choice), not counting cover art."""
     streams = [s for s in container.streams.video if not s.disposition & _ATTACHED]
     if not streams:
         raise Rejected("no_video", "no video stream")

@@ -1,4 +1,4 @@
-"""What one rank meets, every rank acts on in the same step.
+"""Make every rank react to one rank's data error in the same step.
 
 A rank that raised alone would leave the others in the next collective until it times out. So the
 ranks exchange three numbers before each batch is used, over gloo: on the host, no device waits.

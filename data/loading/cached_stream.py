@@ -61,7 +61,7 @@ def _cache(cache_dir: str | None) -> Path:
 
 @functools.cache
 def _keep_lock(cache_dir: str) -> IO[str] | None:
-    """Held until this process ends, by one rank of the node; a refusal is told to all ranks."""
+    """Held until this process ends, by one rank of the node; all ranks learn of a refusal."""
     lock, problem = None, None
     if World.detect().is_local_leader:
         try:

@@ -3,7 +3,7 @@
 The global batch of every step is a row of `data.loading.order`, resumed or not; a rank reads its
 slice of it. `locate` gives the place of any step, so nothing about the loader needs to be in a
 checkpoint. A shard that cannot be read stops the run on every rank in the same step, or is
-substituted, which a ledger tells. Called by train.py.
+substituted and logged in a ledger. Called by train.py.
 """
 
 import contextlib
@@ -46,8 +46,9 @@ class Ledger:
             keep_lines_before(self.path, first_step)
 
     def enter(self, step: int, substitutions: list[Substitution], total: int) -> None:
-        """Note what all ranks met at `step`; DataError when too many of `total` samples are bad.
+        """Log the substitutions of all ranks at `step`.
 
+        Raises DataError when too many of `total` samples are bad.
         The bound is on the share of the split that lies in bad shards, so it holds from the first
         step on and is the same at every step and on every rank.
         """
@@ -80,11 +81,11 @@ def build_loader(
     ledger: Path | None = None,
     waited: Callable[[float], None] | None = None,
 ) -> Generator[tuple[int, Batch], None, None]:
-    """(epoch, Batch) for ever, from `first_step` on: this rank's samples of each global batch.
+    """(epoch, Batch) without end, from `first_step` on: this rank's samples of each global batch.
 
     `audio_weight` is scaled over the global batch: the mean of weight * loss over its samples is
     the mean loss over those with sound, however they are spread over ranks and micro-batches.
-    ``ledger`` is the file for substitutions, None on all ranks but one; ``waited`` is told the
+    ``ledger`` is the file for substitutions, None on all ranks but one; ``waited`` is given the
     seconds that each batch took on this rank alone. Every rank must take every batch. DataError,
     before anything is read, if a split is missing or smaller than one global batch or the global
     batch cannot be divided.
@@ -146,7 +147,7 @@ def _agreed(
 
 
 def _together(read: Callable[[], T]) -> T:
-    """What `read` returns; a failure is told to every rank before it is raised."""
+    """What `read` returns; a failure reaches every rank before it is raised."""
     try:
         return read()
     except Exception as error:
@@ -231,10 +232,10 @@ class ValidationSet:
     ) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's part of a fixed choice of `samples` (None: all), batches of one shape.
 
-        The batches are the same for any number of ranks, so that each sample meets the same
-        neighbours and no loss differs by a bit; they are dealt in turn, as many to every rank. What
-        fills up is no real sample: (B,) bool. Each stream gives its first ones, in proportion to
-        its size.
+        The batches are the same for any number of ranks, so that each sample has the same
+        neighbours and no loss differs by a bit; they are dealt in turn, as many to every rank. The
+        (B,) bool is False for samples that only fill a batch up. Each stream gives its first ones,
+        in proportion to its size.
         """
         counts = self.dataset.samples_per_stream
         wanted = min(samples or len(self), len(self))

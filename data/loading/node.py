@@ -3,7 +3,7 @@
 mosaicml-streaming 0.13 numbers its shared memory from 0 and takes the first free number without a
 lock: two jobs that look at the same moment take the same (FileExistsError), and a killed job's
 names stay. Here every job counts from a random number of its own. A lock file in shared memory,
-which the kernel frees with its process, says that the job lives; whoever starts next removes
+which the kernel frees with its process, says that the job lives; the next start removes
 everything of a job whose lock is free, and nothing else. Python's resource tracker is kept out of
 it: it frees at a rank's end what other ranks still read (python/cpython#82300), and complains of
 what is gone. Called by data.loading.shards.

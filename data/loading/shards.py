@@ -43,7 +43,7 @@ class ShardDataset(StreamingDataset):
     A shard is hash-checked when this process first touches it, a sample's numbers and shapes each
     time. Under `on_bad_shard: substitute` a sample that is bad, or of a bad shard, is replaced by
     the one at the same place of the stream's next good shard: a function of what is bad alone.
-    What was replaced is told in the sample ("substitution").
+    The sample's "substitution" says what was replaced.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class ShardDataset(StreamingDataset):
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """As the parent; a failure is a DataError and leaves no rank waiting for the shard.
 
-        In a background thread (not blocking) it is only noted: whoever wants a sample meets it.
+        In a background thread (not blocking) it is only noted: whoever reads a sample raises it.
         """
         stream = self.streams[self.stream_per_shard[shard_id]]
         infos = [info for info in self.shards[shard_id].file_pairs[0] if info]
@@ -257,7 +257,7 @@ class ShardDataset(StreamingDataset):
             self._event.set()
 
     def _ready_thread(self, it: Any) -> None:
-        """As the parent, which waits for ever for a shard that is evicted while it does not look.
+        """As the parent, which waits without end for a shard that is evicted meanwhile.
 
         With a `cache_limit` one thread fetches ahead and so evicts what this one still waits for.
         """

@@ -54,7 +54,8 @@ class StreamConfig:
                 f"data: a stream has root={self.root} and remote={self.remote}; give exactly one"
             )
         if self.remote is not None and not urlsplit(self.remote).scheme:
-            raise ValueError(f"data: remote={self.remote} is no address; a local folder is a root")
+            raise ValueError(
+                f"data: remote={self.remote} is not an address; a local folder is a root")
 
     @property
     def place(self) -> str:
@@ -140,7 +141,7 @@ class Opened(NamedTuple):
     place: str
     metadata: Metadata
     text_states: dict[str, Tensor]
-    version: str  # hash of its index files: another preparation never meets this one's cache
+    version: str  # hash of its index files: another preparation never shares this one's cache
 
 
 def open_streams(config: DataConfig) -> list[Opened]:
@@ -152,7 +153,7 @@ def open_streams(config: DataConfig) -> list[Opened]:
 
 
 def check_data(config: DataConfig, global_batch_size: int) -> list[Opened]:
-    """All that can be said before training without reading a sample.
+    """Everything known before training without reading a sample.
 
     DataError if a file is missing, or there is less than one global batch of some shape.
     """
@@ -181,7 +182,7 @@ def buckets(opened: list[Opened]) -> dict[tuple[int, int, int], list[int]]:
 
 
 def needs_cache(stream: StreamConfig, config: DataConfig) -> bool:
-    """Whether shards are unpacked elsewhere than beside the compressed ones.
+    """Whether shards are unpacked elsewhere than next to the compressed ones.
 
     Eviction deletes files, so that a cache limit never works on the user's own.
     """
@@ -213,7 +214,7 @@ def _open(stream: StreamConfig, config: DataConfig) -> Opened:
 def _open_remote(
     remote: str, label: str, splits: tuple[str, ...], retries: int, seconds: float
 ) -> Opened:
-    """Every rank fetches the few small files itself: no rank waits for another before they meet."""
+    """Every rank fetches the few small files itself: there is no process group yet to wait in."""
     names = [METADATA_FILE, TEXT_FILE, *(f"{split}/index.json" for split in set(splits))]
     with tempfile.TemporaryDirectory(prefix="avfulldit-") as temporary:
         folder = Path(temporary)

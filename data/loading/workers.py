@@ -47,7 +47,7 @@ def begin_worker(worker: int) -> None:
 
 
 def _end_with_rank() -> None:
-    """A killed rank's workers would stay for ever, with its memory and its job step."""
+    """A killed rank's workers would stay, with its memory and its job step."""
     rank = multiprocessing.parent_process()
     assert rank is not None
     rank.join()

@@ -14,13 +14,13 @@
     python -m data.manifest playground runs/clips --out manifests/playground.jsonl
     python -m data.manifest check manifests/*.jsonl      # exit code 1 where sets leak
 
-What is left out stands in x.rejects.jsonl beside x.jsonl, with its reason. Records hold id,
+x.rejects.jsonl, next to x.jsonl, lists what is left out, with its reason. Records hold id,
 source, class, split, subset, path, origin and origin_start (the recording), width, height,
 rotation, fps, vfr, frames, seconds, audio_rate, channels, t0, t1, sha256, captions if known, and
 marks if the set has them. Splits are train and validation. VGGSound's is drawn from its official
 test clips, so many of AV-Tight, AV-Loose and neither; the others are trained on, as the paper's
 106,717 of 107,648 say, or not (--official-test test). Training clips of a recording that is held
-out are a leak and go, unless alt_merge or hold_out draws the splits anew, which belongs after the
+out are a leak and go, unless alt_merge or hold_out draws the splits again, which belongs after the
 doctor: what is held out should be usable. The cut is the centre, in The Greatest Hits and the
 playground the window with the most marks. Content is judged by data.manifest.doctor.
 """
@@ -223,7 +223,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--keep-out", type=Path, nargs="+", default=[], metavar="MANIFEST",
                         help="do not train on recordings that these hold out")
     parser.add_argument("--leaks", choices=("drop", "keep"), default="drop",
-                        help="keep: for manifests that alt_merge or hold_out splits anew")
+                        help="keep: for manifests that alt_merge or hold_out splits again")
     parser.add_argument("--version", choices=VERSIONS, default="denoised",
                         help="The Greatest Hits' file of a take; default: %(default)s")
     parser.add_argument("--table", type=Path, help="VGGSound's csv; ROOT/vggsound.csv")

@@ -104,7 +104,7 @@ def _histogram(name: str, values: np.ndarray) -> dict[str, Any]:
 
 
 def _against_paper(splits: dict[str, collections.Counter]) -> Rows:
-    """One row per set of the paper that is there: its numbers beside ours."""
+    """One row per set of the paper that is there: its numbers next to ours."""
     sets = {name: [name] for name in (*ALT, "vggsound")}
     rows = []
     for name, sources in (sets | {"ALT-Merge": list(ALT), "VGGSound": ["vggsound"]}).items():

@@ -7,7 +7,7 @@
 
 decodes every cut in parallel processes, by the code and settings of data.prepare, and says: usable
 clips, rejects by reason, hours to encode on N GPUs, bytes of the result. `--out` writes the records
-that stay, with what was found out, a ledger of all others beside it (clean.rejects.jsonl, with the
+that stay, with what was found out, a ledger of all others next to it (clean.rejects.jsonl, with the
 manifest's own in front) and the data card of both (clean.card/). `--sample N` looks at N clips
 drawn by seed and scales up. Near-duplicates are looked for here, because encoding runs as
 independent workers that see a slice each.
@@ -80,7 +80,7 @@ class Estimate(NamedTuple):
 def load(source: Path, captions: Path | None) -> Listing:
     """Records of a manifest or of every clip below a folder, paths of this machine; ledger lines.
 
-    The ledger that the importer wrote beside the manifest comes along. Captions are asked for
+    The ledger that the importer wrote next to the manifest is carried over. Captions are asked for
     only where their file is given.
     """
     texts = None if captions is None else read_captions(captions)
@@ -264,7 +264,7 @@ def main(arguments: list[str]) -> int:
             write_manifest(args.out, kept.records, rejects)
             card = build_card(kept.records, rejects, args.fps, args.frames)
             write_card(args.out.with_suffix(".card"), card)
-            print(f"{args.out}: {len(kept.records)} records, ledger and card beside it")
+            print(f"{args.out}: {len(kept.records)} records, ledger and card next to it")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

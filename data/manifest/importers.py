@@ -294,7 +294,7 @@ def _read_marks(path: Path | None, take: str) -> list[list]:
                 "reaction`"
             ) from None
         if not math.isfinite(time):
-            raise ValueError(f"{path.name} line {number}: {stamp} is no time")
+            raise ValueError(f"{path.name} line {number}: {stamp} is not a time")
         if action in MARKS:
             marks.append([time, material, action, reaction])
     return marks
@@ -308,7 +308,7 @@ class Entry(NamedTuple):
 def list_vggsound(root: Path, table: Path | None = None) -> Listing:
     """Every clip below root that the table names; `table` is root/vggsound.csv by default.
 
-    The official test clips get split "test"; which of them are held out is said later.
+    The official test clips get split "test"; which of them are held out is chosen later.
     """
     table = table or next((p for p in (root / "vggsound.csv", root / "data/vggsound.csv")
                            if p.is_file()), root / "vggsound.csv")
@@ -376,7 +376,7 @@ def parse_name(stem: str) -> tuple[str, int] | None:
     if found is None:
         return None
     start = int(found["start"])
-    # Ten seconds are 10 or 10,000 between both numbers: that tells the unit.
+    # Ten seconds are 10 or 10,000 between both numbers: that gives the unit away.
     milliseconds = found["end"] is not None and int(found["end"]) - start >= 1000
     return found["id"], start // 1000 if milliseconds else start
 

@@ -192,7 +192,7 @@ def read_captions(path: Path) -> dict[str, dict[str, str]]:
             if text is None or text == "":  # given by another line, or not at all
                 continue
             if not isinstance(text, str):
-                raise DataError(f"captions={path}: line {number}: '{key}' is no string")
+                raise DataError(f"captions={path}: line {number}: '{key}' is not a string")
             try:
                 check_text({key: text})
             except ValueError as error:
@@ -237,7 +237,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"captions={path}: line {number} is not JSON ({error})") from error
     if not isinstance(row, dict):
-        raise DataError(f"captions={path}: line {number} is no JSON object")
+        raise DataError(f"captions={path}: line {number} is not a JSON object")
     return row
 
 

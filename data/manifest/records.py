@@ -93,7 +93,7 @@ def spread(job: partial, items: Iterable, workers: int) -> Iterator:
 def complete(record: Record, rule: CutRule) -> Record:
     """One candidate -> its record, or its ledger line where there is no picture.
 
-    What is too short for a cut stays without t0: whoever decodes it says why it cannot be used.
+    What is too short for a cut stays without t0: decoding it gives the reason.
     """
     path = Path(record["path"])
     try:
@@ -178,7 +178,7 @@ def ledger_path(manifest: Path) -> Path:
 
 
 def read_ledger(manifest: Path) -> list[Record]:
-    """The lines of the ledger beside a manifest; none where no importer wrote one."""
+    """The lines of the ledger next to a manifest; none where no importer wrote one."""
     path = ledger_path(manifest)
     if not path.is_file():
         return []

@@ -10,7 +10,7 @@ folder appears when it is complete.
 Many workers: start the same command in a Slurm array, under torchrun, or with --worker K
 --workers N, on any machines that share the folder; who finishes last merges. Killed, at any time:
 the same command again goes on, and redoes one shard per worker at most. The same command with
---status tells how far all workers are.
+--status shows how far all workers are.
 
 A manifest line: {"id", "path" (relative to the manifest), "video_caption", "audio_caption" ("" for
 a clip that stays without sound)} and, if wanted, "split" ("train"), "t0" (seconds; the centre

@@ -1,4 +1,4 @@
-"""What there is to do and what is done: one hidden folder beside `out`, shared by all workers.
+"""Work to do and work done: one hidden folder next to `out`, shared by all workers.
 
     .out.partial/dataset.json       as it will be, counts open: all settings
     .out.partial/text.safetensors   the encoded "" and negative prompts
@@ -215,6 +215,6 @@ def _sha256(path: Path) -> str:
 
 
 def _short(value: Any) -> str:
-    """Hashes are told apart by their beginning."""
+    """Hashes differ at their beginning."""
     text = str(value)
     return text if len(text) <= 40 else text[:12]

@@ -1,7 +1,7 @@
 """The last step: every group has a receipt; verify all shards, then make the data set visible.
 
 Runs in the worker that finishes last, or by `--merge`. Killed in the middle it is run again: a
-shard is moved once, everything else is written anew, and `out` appears by one rename.
+shard is moved once, everything else is written again, and `out` appears by one rename.
 """
 
 import collections
@@ -112,7 +112,7 @@ def _read_receipt(job: Job, group: Group) -> dict[str, Any]:
     written = receipt["shard"]["samples"] if receipt["shard"] else 0
     if sorted(told) != sorted(asked) or written != len(receipt["samples"]):
         raise DataError(
-            f"{job.receipt(group)}: tells of {len(told)} clips, {written} in the shard; the group "
+            f"{job.receipt(group)}: lists {len(told)} clips, {written} in the shard; the group "
             f"has {len(asked)}; delete this file and run the same command again"
         )
     return receipt

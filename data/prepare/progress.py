@@ -29,7 +29,7 @@ def status(job: Job | None, out: Path) -> str:
             continue
         state = f"{own_rate:.2f} clip/s, ETA {in_words(worker['left'] / max(own_rate, 1e-9))}"
         if silent > STALE_SECONDS:
-            state = f"not heard of for {in_words(silent)}; if it does not run, start it again"
+            state = f"no sign for {in_words(silent)}; if it does not run, start it again"
         else:
             rate, running = rate + own_rate, running + 1
         lines.append(

@@ -180,7 +180,7 @@ def _try_backend(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _importable(kernel: str) -> bool:
-    """Whether an installed package works; said if not, for `auto` would only be slower."""
+    """Whether an installed package works; warns if not, for `auto` would only be slower."""
     try:
         _flash_attn_func(kernel)
     except ImportError as error:

@@ -246,7 +246,7 @@ class AudioSingleBlock(nn.Module):
     def feed(
         self, stream: torch.Tensor, state: tuple[torch.Tensor, ...], context: AudioContext
     ) -> torch.Tensor:
-        """Nothing follows: the MLP ran beside the attention."""
+        """Nothing follows: the MLP ran parallel to the attention."""
         return stream
 
 

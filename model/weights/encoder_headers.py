@@ -2,7 +2,7 @@
 
 The other half of `check=weights` (model.weights.load looks at the towers): Wan's VAE and umT5,
 TangoFlux's VAE and the Flan-T5 inside its file. Modules are built without storage. An encoder that
-is absent is said, not refused: training reads shards, only prepare and sample need encoders.
+is absent is reported, not refused: training reads shards, only prepare and sample need encoders.
 """
 
 import warnings

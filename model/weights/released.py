@@ -50,7 +50,7 @@ class PretrainedError(ExpectedError, ValueError):
 class Released:
     """The tensors of one or both backbones by (tower, name), Wan's under diffusers' names.
 
-    ``tangoflux`` None leaves the audio tower out. ``layouts`` tells in words how each was found.
+    ``tangoflux`` None leaves the audio tower out. ``layouts`` says how each was found.
     """
 
     def __init__(self, wan: str | Path, tangoflux: str | Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Measure the shipped backbones on held-out clips; write quality.json and QUALITY.md beside them.
+"""Measure the shipped backbones on held-out clips; write quality.json and QUALITY.md next to them.
 
 Every number is taken through `model.encoders`, the wrappers that prepare and sample use, on clips
 of HELD_OUT_SEED, which no training command reads.

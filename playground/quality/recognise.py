@@ -26,7 +26,7 @@ from playground.world.clip import COLOURS, ClipFacts, describe
 from playground.world.physics import FLOOR, GRAVITY
 
 BALL_MASS = 18.0  # chroma x pixels from which a colour is a ball: the smallest ball has about 60
-BLOB_PIXELS = 10  # a smaller piece of colour is no ball
+BLOB_PIXELS = 10  # a smaller piece of colour is not a ball
 RIM_SHARE = 1 / 3  # nor is one that touches a piece of another colour three times its size
 SEEN_SHARE = 0.5  # of the frames in which a ball must be there
 G = GRAVITY / 2 / FPS**2  # pixels of the 96 x 64 picture per frame^2: 0.451

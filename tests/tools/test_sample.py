@@ -144,7 +144,7 @@ PROMPT = '{"id": "%s", "video_caption": "v", "audio_caption": "a"}'
         ([PROMPT % "x", PROMPT % "x"], ":2: id 'x' is taken by line 1"),
         ([PROMPT % "a/b", "", PROMPT % "a_b"], ":3: id 'a_b' is taken by line 1"),
         ([PROMPT % "prompt001", PROMPT.replace('"id": "%s", ', "")], ":2: id 'prompt001' is taken"),
-        (['{"video_caption": 3, "audio_caption": "a"}'], ":1: key 'video_caption' is no string"),
+        (['{"video_caption": 3, "audio_caption": "a"}'], ":1: key 'video_caption' is not a string"),
         ([PROMPT.replace('"v"', '"\\ud83d"') % "x"], ":1: key 'video_caption' holds a lone"),
         ([PROMPT % "\\ud83d"], ":1: key 'id' holds a lone surrogate"),
     ],

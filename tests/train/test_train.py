@@ -330,7 +330,7 @@ def test_a_run_directory_that_cannot_be_is_named(world, tmp_path, capsys):
         with pytest.raises(CheckpointError, match=f"run_dir={place} cannot be written"):
             lock_run(place, World(0, 1, 0, 1, "alone"))
     assert train.main([f"{world}/run.yaml", f"run_dir={tmp_path}/file", "check=true"]) == 78
-    assert f"error: run_dir={tmp_path}/file is no folder" in capsys.readouterr().err
+    assert f"error: run_dir={tmp_path}/file is not a folder" in capsys.readouterr().err
 
 
 def test_no_arguments_prints_the_usage(capsys):

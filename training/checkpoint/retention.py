@@ -16,7 +16,7 @@ from common.ranks import World, broadcast_object, gather_objects
 from training.checkpoint.contents import MANIFEST, Contents, read_contents, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
 
-PROTECTED = "PROTECTED"  # a file of this name in a tag keeps it for ever
+PROTECTED = "PROTECTED"  # a file of this name in a tag keeps it
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def tag_of(step: int) -> str:
 
 
 def remove(tag: Path) -> None:
-    """Manifest first: a half-deleted tag must not count. What cannot be deleted is only told."""
+    """Manifest first: a half-deleted tag must not count. What cannot be deleted is a warning."""
     try:
         (tag / MANIFEST).unlink(missing_ok=True)
         if tag.exists():
@@ -81,7 +81,7 @@ def _is_protected(tag: Path) -> bool:
 def set_aside(tag: Path) -> None:
     """A damaged tag stops counting, so that it is not one of those kept; the next save deletes it.
 
-    manifest.json is kept under another name, for whoever wants to know.
+    manifest.json is kept under another name, to be looked into.
     """
     os.replace(tag / MANIFEST, tag / f"damaged_{MANIFEST}")
 
@@ -100,7 +100,7 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
     """The newest checkpoint of which every byte is right; None for a fresh start.
 
     Every file is read and hashed, by one rank or another. A damaged checkpoint is passed over for
-    the one before it, which `Found.damaged` tells; so is one that cannot be read, `Found.unread`.
+    the one before it, listed in `Found.damaged`; so is one that cannot be read, in `Found.unread`.
 
     Raises:
         CheckpointError: on every rank, when there are checkpoints but none is whole.

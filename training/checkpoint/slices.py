@@ -70,7 +70,7 @@ class SliceReader:
     """Any elements of any parameter from the files of one kind, whoever wrote them.
 
     Raises:
-        CheckpointError: in every method, naming the file, for whatever is no such file.
+        CheckpointError: in every method, naming the file, for anything else.
     """
 
     def __init__(self, paths: list[Path]) -> None:

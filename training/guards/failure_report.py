@@ -1,4 +1,4 @@
-"""One folder that tells why a start of a run failed: RUN/failures/<time of start>/.
+"""One folder that explains why a start of a run failed: RUN/failures/<time of start>/.
 
     rank00001.json        reason, step, epoch, sample ids, t, shapes, memory, environment
     rank00001.stacks.txt  every thread's stack

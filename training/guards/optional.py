@@ -1,4 +1,4 @@
-"""What training can do without: a failure on one rank is heard by all, and ends nothing.
+"""Run optional work: a failure on any rank is reported on all of them and does not stop training.
 
 Validation losses, gauges and samples (evaluation.evaluator) are worked out by every rank for itself
 and then gathered. A rank that fails goes on to that gather, so that the others do not wait for it.

@@ -1,7 +1,7 @@
 """Which rank the others wait for: each rank's own share of a step, compared once per log period.
 
 In synchronous training every rank's step takes as long as the slowest one's, so the step time
-tells nothing. What a rank spends alone does: waiting for its own loader, and its forward passes,
+says nothing. What a rank spends alone does: waiting for its own loader, and its forward passes,
 which hold no collective in stages 0 to 2 (in stage 3 they hold gathers, and only the data part
 tells). Called by train.py.
 """

@@ -45,7 +45,7 @@ class Supervisor:
         self.requests = Requests(self.run_dir if world.is_main else None, os.environ)
         self.failure = Failure(self.run_dir, config, world)
         self.watchdog = Watchdog(budgets, self.failure)
-        # Seconds per phase; whoever logs them clears them.
+        # Seconds per section, until they are logged.
         self.spent: defaultdict[str, float] = defaultdict(float)
         self.last_good: Path | None = None
         self.stop: str | None = None  # why, once all ranks have agreed to stop
@@ -95,7 +95,7 @@ class Supervisor:
             )
 
     def finish(self, step: int, max_steps: int, validate_only: bool = False) -> str:
-        """Leave the run's status for whoever started it; how it ended, in words."""
+        """Write the run's final state; returns how it ended, in words."""
         if validate_only:  # nothing was trained: a batch script must not go on from here
             self.status("done" if step >= max_steps else "stopped", step=step,
                         reason="validate_only")
@@ -131,7 +131,7 @@ def supervised(
 
 
 class StepAgreement:
-    """What the ranks of a run tell each other of every step, and what follows from it.
+    """What the ranks of a run exchange at every step, and what follows from it.
 
     Args:
         supervisor: takes the votes and carries out what was agreed.
@@ -164,7 +164,7 @@ class StepAgreement:
         self.told = start_sum_over_ranks(local, self.world)
 
     def agree(self, losses: torch.Tensor, applied: bool) -> Agreed:
-        """After the step: what all ranks told; whether to stop or save goes to the supervisor.
+        """After the step: the sums of all ranks; whether to stop or save goes to the supervisor.
 
         Args:
             losses: (B, modalities) of this rank's samples. applied: whether the weights moved.

@@ -48,7 +48,7 @@ class Watchdog:
         self.now: tuple[str, int] = ("start", 0)  # replaced as a whole: needs no lock
         self.stopped = threading.Event()
         self.ending = threading.Lock()
-        # Two, because who looks for an alarm on a disk that hangs looks for ever.
+        # Two, because reading an alarm from a disk that hangs never returns.
         self.threads = [threading.Thread(target=part, name=part.__name__, daemon=True)
                         for part in (self._watch, self._listen)]
 

@@ -1,4 +1,4 @@
-"""What a run says beside its steps: a budget at the start, a summary at the end, a log per rank.
+"""Console output between steps: a budget at the start, a summary at the end, a log per rank.
 
 Called by train.py.
 """

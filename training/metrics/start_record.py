@@ -27,7 +27,7 @@ PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "t
 def write_start(
     run_dir: Path, world: World, hosts: list[str], first_step: int, **values: Any
 ) -> dict[str, Any]:
-    """Append this start's line and return it; a dirty checkout's patch is kept beside it.
+    """Append this start's line and return it; a dirty checkout's patch is kept next to it.
 
     Args:
         hosts: of every rank. values: seed, fingerprints of data and weights, the tag resumed from.

@@ -51,7 +51,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 
 
 class Events:
-    """The event files of one run; the first error is told, counted, and the last write.
+    """The event files of one run; the first error is a warning, counted, and the last write.
 
     Args:
         first_step: records from here on are dropped from what earlier starts wrote; None: none is.

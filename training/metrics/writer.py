@@ -2,8 +2,8 @@
 
 The jsonl is the record of truth: one object per step and kind (training, health, validation) at
 most, never one twice, also after a resume. TensorBoard is drawn from the same numbers. Only rank
-0 writes, and nothing that cannot be written stops it. training.metrics.tags tells what each tag
-means.
+0 writes, and nothing that cannot be written stops it. training.metrics.tags explains each
+tag.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class MetricWriter:
                             dynamic_ncols=True, file=sys.stdout)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One record of tag -> value at a step; a value that is no number is left out."""
+        """One record of tag -> value at a step; a value that is not a number is left out."""
         if self.run_dir is None:
             return
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
@@ -135,7 +135,7 @@ class MetricWriter:
 
         Args:
             step: the first one of this start, so that the text of every start stays readable.
-            resolved: "run" holds the settings by which the HParams tab tells runs apart.
+            resolved: "run" holds the settings by which the HParams tab distinguishes runs.
             start: more to read, without a file here.
         """
         if self.run_dir is None:
@@ -173,7 +173,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def drop_steps_from(run_dir: Path, first_step: int) -> None:
-    """Delete validation rows and samples of `first_step` and later; what cannot be deleted is told.
+    """Delete validation rows and samples of `first_step` and later; warns of what is left.
 
     Only by the names that training gives: those of tools.sample and of copies stay.
     """
@@ -197,7 +197,7 @@ class Clock:
     def __init__(self) -> None:
         self.last = time.perf_counter()
         self.average: float | None = None
-        self.away, self.steps = 0.0, 0  # seconds beside the steps, once the first ones are done
+        self.away, self.steps = 0.0, 0  # seconds between the steps, once the first ones are done
 
     def tick(self, steps: int = 1, spent: Mapping[str, float] | None = None) -> float:
         """Seconds per step since the last tick, less what was ``spent`` on work that is none."""

@@ -125,7 +125,7 @@ def test_duration_follows_the_stream(roots):
     ({"streams": [{"root": "a", "rot": "b"}]},
      "unknown key 'streams.0.rot'; did you mean 'streams.0.root'?"),
     ({"streams": [{"name": "a"}]}, "a stream has root=None and remote=None; give exactly one"),
-    ({"remote": "bucket/a"}, "remote=bucket/a is no address; a local folder is a root"),
+    ({"remote": "bucket/a"}, "remote=bucket/a is not an address; a local folder is a root"),
     ({"root": "a", "max_substituted_fraction": 1}, "max_substituted_fraction=1 must be below 1"),
     ({"root": "a", "on_bad_shard": "skip"}, "on_bad_shard='skip'"),
     ({"root": "a", "download_retries": 0}, "download_retries=0 must be at least 1"),

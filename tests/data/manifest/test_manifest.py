@@ -215,9 +215,9 @@ def test_no_sound_is_a_caption_that_is_known(tmp_path):
     [
         ("c.jsonl", "", "empty"),
         ("c.jsonl", '{"id": "a", "video_cap', "line 1 is not JSON"),
-        ("c.jsonl", "[1]", "line 1 is no JSON object"),
+        ("c.jsonl", "[1]", "line 1 is not a JSON object"),
         ("c.jsonl", '{"video_caption": "x"}', "line 1 has no 'id'"),
-        ("c.jsonl", '{"id": "a", "video_caption": 3}', "is no string"),
+        ("c.jsonl", '{"id": "a", "video_caption": 3}', "is not a string"),
         ("c.jsonl", '{"id": "a", "video_caption": "\\ud83d"}', "lone surrogate"),
         ("c.jsonl", '{"id": "a", "video_caption": "x"}\n{"id": "a", "video_caption": "y"}',
          "line 2 gives 'a' another 'video_caption'"),

@@ -136,7 +136,7 @@ def test_status_sums_all_workers_from_files(tmp_path, manifest, folders, encoder
     assert main(command) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith("worker 0 of 4 on n1: 5 clips, 3 left, 0.50 clip/s, ETA 6 s")
-    assert "not heard of for 10 min" in lines[1]
+    assert "no sign for 10 min" in lines[1]
     assert "4 of 8 shards, 4 samples, 8 of 14 clips left; 0.50 clip/s by 1 running" in lines[2]
     assert "ETA 16 s; rejected: too_short 2" in lines[2]
     assert main([str(tmp_path / "gone.jsonl"), *command[1:]]) == 1
