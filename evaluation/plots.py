@@ -24,7 +24,6 @@ class Curves(NamedTuple):
     colour: str
     style: str  # "-", or REFERENCE
     records: list[dict[str, Any]]
-    restarts: list[int]
     run_dir: Path | None = None  # None: metrics.jsonl is all there is
 
     def points(self, tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -33,9 +32,9 @@ class Curves(NamedTuple):
         return np.array(steps), np.array(values, dtype=float)
 
 
-def load_curves(run_dir: Path, place: int, restarts: list[int], label: str) -> Curves:
+def load_curves(run_dir: Path, place: int, label: str) -> Curves:
     colour = COLOURS[place % len(COLOURS)]
-    return Curves(label, colour, "-", read_records(run_dir), restarts, run_dir)
+    return Curves(label, colour, "-", read_records(run_dir), run_dir)
 
 
 def svg(figure: Figure) -> str:
@@ -45,44 +44,8 @@ def svg(figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg"):]
 
 
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over a window that ends at each value."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    begins = np.maximum(np.arange(len(values)) - width + 1, 0)
-    return (sums[1:] - sums[begins]) / (np.arange(len(values)) - begins + 1)
-
-
-def plot_tags(
-    runs: Sequence[Curves], tags: Mapping[str, str], title: str, log: bool = False,
-    restarts: bool = False,
-) -> str:
-    """One plot: ``tags`` maps a tag to its name; colours are runs, line styles are tags.
-
-    As every plot of runs: "" where none has a value.
-    """
-    figure = Figure(figsize=SIZE)
-    axes = figure.subplots()
-    styles = ("-", "--", ":", "-.")
-    for run in runs:
-        for place, (tag, name) in enumerate(tags.items()):
-            steps, values = run.points(tag)
-            if not len(steps):
-                continue
-            label = " ".join(filter(None, (run.label if len(runs) > 1 else "", name)))
-            colour = run.colour if len(runs) > 1 else COLOURS[place % len(COLOURS)]
-            style = styles[place % 4] if len(runs) > 1 and run.style != REFERENCE else run.style
-            axes.plot(steps, values, style, color=colour, alpha=0.25 if len(steps) > 60 else 1.0,
-                      linewidth=1.2, label=None if len(steps) > 60 else label)
-            if len(steps) > 60:
-                axes.plot(steps, smooth(values, max(5, len(steps) // 40)), style, color=colour,
-                          linewidth=1.6, label=label)
-        for step in run.restarts if restarts and axes.lines else ():
-            axes.axvline(step, color=run.colour, linewidth=0.8, linestyle=":")
-    return _finish(figure, axes, title, "step", log)
-
-
 def plot_validation(runs: Sequence[Curves], modality: str) -> str:
-    """Validation loss over steps, with the band of its standard error."""
+    """Validation loss over steps, with the band of its standard error; "" where no run has one."""
     figure = Figure(figsize=SIZE)
     axes = figure.subplots()
     for run in runs:
@@ -117,21 +80,6 @@ def plot_by_t(runs: Sequence[Curves], modality: str) -> str:
                           label=f"{run.label} step {record['step']}")
     return _finish(figure, axes, f"validation {modality} loss by t, +- standard error",
                    "t (1 is noise)", True)
-
-
-def plot_attention(run: Curves) -> str:
-    """The first and the last attention mass between the modalities per joint layer."""
-    figure = Figure(figsize=SIZE)
-    axes = figure.subplots()
-    for place, way in enumerate(("audio_to_video", "video_to_audio")):
-        prefix = f"health/attention_{way}/layer"
-        found = [record for record in run.records if any(tag.startswith(prefix) for tag in record)]
-        for record, style in zip(found[:1] + found[-1:], (":", "-"), strict=False):
-            points = {int(tag.removeprefix(prefix)): value for tag, value in record.items()
-                      if tag.startswith(prefix)}
-            axes.plot(list(points), list(points.values()), style, marker="o", markersize=3,
-                      color=COLOURS[place], label=f"{way.replace('_', ' ')}, step {record['step']}")
-    return _finish(figure, axes, f"attention mass per joint layer: {run.label}", "layer", False)
 
 
 def plot_difference(found: Mapping[str, Mapping[int, Difference]]) -> str:

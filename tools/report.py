@@ -1,10 +1,11 @@
 """One HTML page about a run, or about two: `python -m tools.report RUN [RUN_B] [--out FILE]`.
 
-Curves, validation loss by t, throughput with restarts, the last samples with their sound, what was
-configured and what made the weights; everything is inside the file, which opens offline. With two
-runs every plot holds both, and the paired difference of their validation losses comes with its
-interval: made for a t2av run and its t2v twin. `--reference metrics.jsonl` draws another run's
-curves next to them, and `--overlay` puts them next to RUN/tb for TensorBoard.
+Validation losses with their standard errors, over the steps and by t, the last samples with their
+sound, what was configured and what made the weights; everything is inside the file, which opens
+offline. Every other curve is TensorBoard's. With two runs each plot holds both, and the paired
+difference of their validation losses comes with its interval: made for a t2av run and its t2v twin.
+`--reference metrics.jsonl` draws another run's losses next to them, and `--overlay` puts all of its
+curves next to RUN/tb for TensorBoard.
 """
 
 import argparse
@@ -23,14 +24,12 @@ from evaluation.plots import (
     REFERENCE,
     Curves,
     load_curves,
-    plot_attention,
     plot_by_t,
     plot_difference,
-    plot_tags,
     plot_validation,
     shared_steps,
 )
-from evaluation.tables import card_section, read_starts, summary_table, table
+from evaluation.tables import card_section, summary_table, table
 from evaluation.validation import repeated_ids
 from training.metrics.tensorboard import Events
 
@@ -89,26 +88,12 @@ def _not_paired(run_a: Path, run_b: Path, steps: list[int]) -> str:
             "a bad sample; give every stream's manifest ids of its own.</p>")
 
 
-def plots_section(runs: list[Curves], references: list[Curves]) -> str:
-    everyone = [*runs, *references]
+def plots_section(runs: list[Curves]) -> str:
+    """Validation losses with their standard errors, which TensorBoard does not draw."""
     modalities = [m for m in ("video", "audio")
-                  if any(len(run.points(f"train/loss_{m}")[0]) for run in everyone)]
-    drawn = [plot_tags(everyone, {f"train/loss_{m}": m}, f"training loss, {m}") for m in modalities]
-    drawn += [plot_validation(everyone, m) for m in modalities]
-    drawn += [plot_by_t(everyone, m) for m in modalities]
-    parts = ("video_tower", "audio_tower", "joint_new")
-    drawn += [
-        plot_tags(runs, {f"train/grad_norm_{part}": part.replace("_", " ") for part in parts},
-                  "gradient norm by part", log=True),
-        plot_tags(runs, {f"health/update_ratio_{part}": part.replace("_", " ") for part in parts},
-                  "update / weights by part", log=True),
-        plot_tags(runs, {"throughput/samples_per_second": ""},
-                  "samples per second (dotted: restarts)", restarts=True),
-        plot_tags(runs, {"time/step_seconds": "step", "time/data_seconds": "waiting for data"},
-                  "seconds of a step", restarts=True),
-        plot_tags(runs, {"train/lr": ""}, "learning rate"),
-        *(plot_attention(run) for run in runs),
-    ]
+                  if any(len(run.points(f"train/loss_{m}")[0]) for run in runs)]
+    drawn = [plot_validation(runs, m) for m in modalities]
+    drawn += [plot_by_t(runs, m) for m in modalities]
     return f"<div class=plots>{''.join(drawn)}</div>"
 
 
@@ -137,7 +122,7 @@ def build_page(run_dirs: list[Path], references: list[Path]) -> str:
     """The whole page as text."""
     labels = [f"{letter}: {run.name}" if len(run_dirs) > 1 else run.name
               for letter, run in zip("AB", run_dirs, strict=False)]
-    runs = [load_curves(run, place, [start["first_step"] for start in read_starts(run)[1:]], label)
+    runs = [load_curves(run, place, label)
             for place, (run, label) in enumerate(zip(run_dirs, labels, strict=True))]
     others = [read_reference(path, 2 + place) for place, path in enumerate(references)]
     title = html.escape(" and ".join(labels))
@@ -151,7 +136,7 @@ def build_page(run_dirs: list[Path], references: list[Path]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style><h1>{title}</h1>"
         f"{summary_table(list(zip(run_dirs, runs, strict=True)))}{paired}"
-        f"<h2>Curves</h2>{plots_section(runs, others)}{samples}{cards}</html>\n"
+        f"<h2>Validation</h2>{plots_section([*runs, *others])}{samples}{cards}</html>\n"
     )
 
 
@@ -188,7 +173,7 @@ def read_reference(path: Path, place: int) -> Curves:
     records = [{tag: value for tag, value in record.items()
                 if isinstance(value, int | float) and math.isfinite(value)} for record in records]
     colour = COLOURS[place % len(COLOURS)]
-    return Curves(f"reference {reference_name(path)}", colour, REFERENCE, records, [])
+    return Curves(f"reference {reference_name(path)}", colour, REFERENCE, records)
 
 
 def write_overlay(run_dir: Path, reference: Path) -> Path:
