@@ -124,17 +124,16 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
         supervisor.last_good = found.tag
 
     # What the ranks exchange at every step, and the batches of every step from `first` on.
-    agreement = StepAgreement(
-        supervisor, config.guard, rewrite_from, kept.get("guard"), engine.device)
-    ledger = run_dir / "substitutions.jsonl" if world.is_main and not config.validate_only else None
+    agreement = StepAgreement(supervisor, config.guard, kept.get("guard"), engine.device)
+    writes = run_dir if world.is_main and not config.validate_only else None
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
-        ledger, agreement.straggler.waited)
+        writes, agreement.straggler.waited)
     objective, empty = Objective(config.task, config.seed, config.flow), plan.streams[0].text_states
 
     # Who looks at the model, who writes down what is measured, and when either is due.
     evaluator = Evaluator(
-        engine, ValidationSet(config.data, ledger), objective, ema, config, world, supervisor)
+        engine, ValidationSet(config.data, writes), objective, ema, config, world, supervisor)
     log = RunLog(engine, config, plan, agreement, rewrite_from, kept.get("watch"))
     if rewrite_from:
         evaluator.renew_gallery()

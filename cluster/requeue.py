@@ -4,31 +4,23 @@
 
 Exit codes of train.py: 0 done or stopped in order, 76 hung, 77 bad numbers, 78 cannot run as it
 is configured, 1 a crash. A stop in order exits with 0, because srun kills the peers of a task that
-does not; RUN/status.json says whether the job is to go on. Imports nothing heavy. Called by
-launch/train.sbatch.
+does not; the state in RUN/events.jsonl says whether the job is to go on. Imports nothing heavy.
+Called by launch/train.sbatch.
 """
 
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from common.files import append_lines, read_lines
+from common.events import Event, append_event, job_name
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.checkpoint.run_dir import step_of, tags_in
-from training.guards.run_state import is_told, read_status
+from training.guards.run_state import CANNOT_RUN, job_number, read_state
 
-HOPELESS = {77: "bad numbers", 78: "a configuration that cannot run"}
+HOPELESS = {77: "bad numbers", CANNOT_RUN: "a configuration that cannot run"}
 UNTOLD = {"running": "ended without a word", "unknown": "ended before it trained"}
 FRUITLESS_STARTS = 2  # crashes without a new checkpoint before it is called a crash loop
 TERMINATED = 143  # by SIGTERM, which comes from outside: a preemption before train.py could save
-
-
-def latest_state(run_dir: Path) -> str:
-    """State that the newest start reported; "unknown" if it did not get so far."""
-    status, jobs = read_status(run_dir), read_lines(run_dir / "jobs.jsonl", skip_damaged=True)
-    return status["state"] if is_told(status, jobs) else "unknown"
 
 
 def newest_step(run_dir: Path) -> int:
@@ -38,32 +30,33 @@ def newest_step(run_dir: Path) -> int:
 
 
 def decide(run_dir: Path, code: int) -> tuple[bool, str]:
-    """(requeue?, why), and a line in RUN/requeues.jsonl.
+    """(requeue?, why), which is also written down.
 
     A crash that brought no new checkpoint may be bad luck, more than FRUITLESS_STARTS in a row are
     a crash loop. A preemption is not a crash, and a newly submitted job starts the count again.
     """
-    state, step = latest_state(run_dir), newest_step(run_dir)
-    ledger, job = run_dir / "requeues.jsonl", os.environ.get("SLURM_JOB_ID")
-    past = [entry for entry in read_lines(ledger, skip_damaged=True) if entry.get("job") == job]
-    before = [entry["step"] for entry in past if not was_preempted(entry)][-FRUITLESS_STARTS:]
+    run, step, job = read_state(run_dir), newest_step(run_dir), job_name(os.environ)
+    start = run.start_of(job) if job else run.current
+    state = start.state if start else "unknown"
     told = UNTOLD.get(state, state)
-    record = {"time": time.time(), "job": job, "step": step, "exit": code, "state": told}
+    event: Event = {"job": job, "step": step, "exit": code, "state": told}
+    past = [one for one in run.requeues if job_number(one) == job_number(event)]
+    before = [one["step"] for one in past if not was_preempted(one)][-FRUITLESS_STARTS:]
     requeue, why = False, f"{FRUITLESS_STARTS} requeues brought no checkpoint after step {step}"
     if code in HOPELESS:
         why = HOPELESS[code]
     elif state in ("done", "stopped"):
         why = f"the run is {state}"
-    elif was_preempted(record) or before != [step] * FRUITLESS_STARTS:
+    elif was_preempted(event) or before != [step] * FRUITLESS_STARTS:
         requeue, why = True, f"{told}, exit {code}, newest checkpoint at step {step}"
     if run_dir.is_dir():
-        append_lines(ledger, [record | {"requeue": requeue, "why": why}])
+        append_event(run_dir, "requeue", **event, requeue=requeue, why=why)
     return requeue, why
 
 
-def was_preempted(entry: dict[str, Any]) -> bool:
+def was_preempted(event: Event) -> bool:
     """Whether a start ended because Slurm or a person asked it to."""
-    return entry["state"] == "preempted" or entry["exit"] == TERMINATED
+    return event["state"] == "preempted" or event["exit"] == TERMINATED
 
 
 def main(arguments: list[str]) -> int:

@@ -1,14 +1,18 @@
 """Files that are there whole or not at all, lines of JSON that a kill may have cut, and sha256."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+LOCK_SECONDS = 5.0
 
 
 @contextmanager
@@ -104,27 +108,62 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add to a JSON-lines file, which is made if need be, after mending its last line."""
-    mend_last_line(path)
-    with open(path, "a", encoding="utf-8", errors="replace") as file:
-        file.writelines(map(json_line, records))
+    """Add to a JSON-lines file, which is made if need be: all records, on the disk, or none.
+
+    A torn last line is mended first. Processes that append at the same time take turns.
+
+    Raises:
+        OSError: disk full, no permission, ...; nothing was added.
+    """
+    text = memoryview("".join(map(json_line, records)).encode(errors="replace"))
+    with open(path, "ab+", buffering=0) as file, _locked(file):
+        _mend_last_line(file)
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while text:  # a disk that is nearly full takes a part
+                text = text[file.write(text):]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def mend_last_line(path: Path) -> None:
     """Take off a last line that a kill has torn, or end it: the next would be glued to it."""
-    if not path.is_file() or not path.stat().st_size:
+    if path.is_file():
+        with open(path, "rb+", buffering=0) as file:
+            _mend_last_line(file)
+
+
+def _mend_last_line(file: IO[bytes]) -> None:
+    if not file.seek(0, os.SEEK_END):
         return
-    with open(path, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read() == b"\n":
-            return
-        file.seek(0)
-        data = file.read()
-        begin = data.rfind(b"\n") + 1
-        if _json_object(data[begin:]) is None:
-            file.truncate(begin)
-        else:
-            file.write(b"\n")
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    data = file.read()
+    begin = data.rfind(b"\n") + 1
+    if _json_object(data[begin:]) is None:
+        file.truncate(begin)
+    else:
+        file.write(b"\n")
+
+
+@contextmanager
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Alone in a file, where its file system has locks and nobody holds one for LOCK_SECONDS."""
+    until = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:  # no locks there
+            break
+    yield  # closing the file gives the lock back
 
 
 def keep_lines_before(path: Path, first_step: int) -> None:

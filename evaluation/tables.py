@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from common.durations import as_clock
-from common.files import read_lines
 from common.settings import ConfigError, parse_config
 from data.loading.sources import DataConfig
 from evaluation.plots import Curves
@@ -22,6 +21,7 @@ from model.variants import CHOICES
 from model.weights.hub import one_line_errors
 from model.weights.names import part_of
 from training.engine import count_by
+from training.guards.run_state import read_state
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -32,11 +32,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
         for name, *cells in rows)
     return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
-
-
-def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """The reproducibility card: one entry per start of the run."""
-    return read_lines(run_dir / "config" / "starts.jsonl")
 
 
 def summary_table(runs: list[tuple[Path, Curves]]) -> str:
@@ -66,7 +61,7 @@ def summary_table(runs: list[tuple[Path, Curves]]) -> str:
             f"{statistics.median(rate):.3g}" if len(rate) else "")
         rows.setdefault("time in steps", []).append(
             as_clock(float(statistics.median(seconds) * steps[-1])) if len(steps) else "")
-        rows.setdefault("starts", []).append(str(len(read_starts(run_dir))))
+        rows.setdefault("starts", []).append(str(len(read_state(run_dir).cards)))
     return table([], [[name, *values] for name, values in rows.items()])
 
 
@@ -110,7 +105,7 @@ def data_table(run_dir: Path) -> str:
     folder = run_dir / "config"
     path = folder / "run.json"
     config = parse_config(DataConfig, read_setting(read_run_file(path), path, "data"), str(path))
-    streams, starts = config.all_streams, read_starts(run_dir)
+    streams, starts = config.all_streams, read_state(run_dir).cards
     # data.json is the first stream's, by which sampling goes; streams.json has all by their names.
     known = (read_run_file(folder / "streams.json") if (folder / "streams.json").is_file()
              else {streams[0].label: read_run_file(folder / "data.json")})
@@ -143,7 +138,7 @@ def card_section(run_dir: Path, label: str) -> str:
     """What made the weights: the model, the data, every start and setting."""
     parts = [f"<h2>How {html.escape(label)} was made</h2>",
              f"<h3>Model</h3>{model_table(run_dir)}<h3>Data</h3>{data_table(run_dir)}"]
-    for start in read_starts(run_dir):
+    for start in read_state(run_dir).cards:
         title = f"start of {start['time']} at step {start['first_step']}"
         parts.append(_folded(title, start))
     for path in sorted((run_dir / "config").glob("*.json")):

@@ -1,6 +1,6 @@
 """One step's samples again, alone: `python -m tools.replay RUN STEP [ID]`.
 
-Draws the batch of update STEP (as metrics.jsonl and skips.jsonl count) from the same order and the
+Draws the batch of update STEP (as metrics.jsonl and events.jsonl count) from the same order and the
 same keyed streams, on one process whatever the run had, and prints per sample a JSON object: t, the
 digests of its noised inputs, whether its latents are finite, and its losses under the weights of
 the newest kept checkpoint before that step. Nothing is written.

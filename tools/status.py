@@ -11,17 +11,18 @@ import argparse
 import json
 import sys
 import time
-from datetime import datetime
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.requeue import HOPELESS
 from common.durations import as_clock, in_words
+from common.events import timestamp
 from common.files import read_lines
 from common.settings import ConfigError, overlay, parse_overrides, read_yaml
 from training.checkpoint.contents import MANIFEST, read_contents, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
-from training.guards.run_state import TIME_FORMAT, is_told, read_status
+from training.guards.run_state import RunState, Start, read_state
 
 RECENT = 20  # training records that speed and mean loss are taken from
 SILENT_SECONDS = 600.0  # beyond this and ten log periods, "running" is doubted
@@ -49,89 +50,74 @@ class Run(NamedTuple):
     """What the files say."""
 
     path: Path
-    status: dict[str, Any]
+    state: RunState
     config: dict[str, Any]
     steps: list[dict[str, Any]]  # training records of metrics.jsonl
     validations: list[dict[str, Any]]
-    jobs: list[dict[str, Any]]  # START and END of each start, by launch/train.sbatch
-    skips: list[dict[str, Any]]
-    requeues: list[dict[str, Any]]  # what the job decided at each end
     now: float
 
 
 def read_run(path: Path) -> Run:
     """Raises StatusError where there is no run."""
-    config = path / "config" / "run.json"
-    if not any((path / name).exists() for name in ("lock", "jobs.jsonl", "status.json")):
+    state = read_state(path)
+    if not state.events and not (path / "lock").exists():
         raise StatusError(f"{path}: nothing was started there yet; a job that waits has no files "
                           "(squeue --me)")
-    records, jobs, skips, requeues = (
-        read_lines(path / f"{name}.jsonl", skip_damaged=True)
-        for name in ("metrics", "jobs", "skips", "requeues"))
+    config = path / "config" / "run.json"
+    records = read_lines(path / "metrics.jsonl", skip_damaged=True)
     return Run(
-        path, read_status(path), json.loads(config.read_text()) if config.is_file() else {},
+        path, state, json.loads(config.read_text()) if config.is_file() else {},
         [record for record in records if "train/loss" in record],
         [record for record in records if any(key.startswith("validation/") for key in record)],
-        jobs, skips, requeues, time.time(),
+        time.time(),
     )
 
 
-def own_jobs(run: Run) -> list[dict[str, Any]]:
-    """START and END lines without those of jobs that were refused while another one trained."""
-    told = datetime.strptime(run.status["time"], TIME_FORMAT).timestamp() \
-        if run.status["state"] == "running" else 0.0
-    opened = next((entry for entry in reversed(run.jobs)
-                   if entry["event"] == "START" and entry["time"] <= told), None)
-    if opened is None or any(entry["event"] == "END" and entry["job"] == opened["job"]
-                             for entry in run.jobs):
-        return run.jobs
-    refused = {entry["job"] for entry in run.jobs
-               if entry["event"] == "END" and entry["time"] > told and entry["exit"] == 78}
-    return [entry for entry in run.jobs if entry["job"] not in refused]
-
-
 def describe_state(run: Run) -> str:
-    """What status.json says, doubted where the launcher or the clock knows better."""
-    state = run.status["state"]
-    signs = [path.stat().st_mtime for name in ("status.json", "metrics.jsonl", "jobs.jsonl")
-             if (path := run.path / name).exists()]
-    silent = run.now - max(signs, default=run.now)
-    jobs = own_jobs(run)
-    last = jobs[-1] if jobs else {}
-    later = becomes(run, last) if last.get("event") == "END" else ""
-    told = is_told(run.status, jobs)  # by the newest start
-    if last.get("event") == "END" and (state == "running" or not told):
-        where = ", in preflight" if last.get("stage") == "preflight" else ""
-        why = f" ({HOPELESS[last['exit']]})" if last["exit"] in HOPELESS else ""
-        return (f"ended with exit {last['exit']}{why} {in_words(run.now - last['time'])} ago{where}"
-                f"{later}: see the job's log{' ' + log if (log := last.get('log')) else ''}")
-    starting = last.get("event") == "START" and not told
+    """What the newest start told, doubted where the batch script or the clock knows better."""
+    start = run.state.current
+    if start is None:
+        return "starting"
+    silent = run.now - max(start_signs(run), default=run.now)
+    later = becomes(start)
+    ended = start.ended
+    if ended and start.state in ("running", "unknown"):
+        where = ", in preflight" if ended.get("stage") == "preflight" else ""
+        why = f" ({HOPELESS[ended['exit']]})" if ended["exit"] in HOPELESS else ""
+        log = start.began.get("log")
+        return (f"ended with exit {ended['exit']}{why} {in_words(run.now - timestamp(ended))} ago"
+                f"{where}{later}: see the job's log{f' {log}' if log else ''}")
+    starting = start.told is None
     period = run.config.get("log_every", 1) * mean(run.steps, "time/step_seconds")
-    if (starting or state == "running") and silent > max(SILENT_SECONDS, 10 * period):
+    if (starting or start.trains) and silent > max(SILENT_SECONDS, 10 * period):
         return f"running?  NO SIGN FOR {in_words(silent)}: the job may be dead"
     if starting:
-        before = "" if state == "unknown" else f", {state} before"
-        return f"starting{before}; last sign {in_words(silent)} ago"
-    reason = f": {run.status['reason']}" if run.status.get("reason") else ""
-    if state == "preempted" and last.get("event") == "END":
+        before = [one.state for one in run.state.starts if one.told]
+        return (f"starting{f', {before[-1]} before' if before else ''}; "
+                f"last sign {in_words(silent)} ago")
+    reason = f": {start.told['reason']}" if start.told and start.told.get("reason") else ""
+    if start.state == "preempted" and ended:
         later = later or ", goes on when requeued or submitted again (squeue --me)"
-    return f"{state}{reason}{later if state in ('preempted', 'failed') else ''}, " \
-           f"last sign {in_words(silent)} ago"
+    return (f"{start.state}{reason}{later if start.state in ('preempted', 'failed') else ''}, "
+            f"last sign {in_words(silent)} ago")
 
 
-def decided(run: Run, last: dict[str, Any]) -> dict[str, Any]:
-    """What the job decided after its last line in jobs.jsonl; empty if it could not."""
-    late = bool(run.requeues) and run.requeues[-1]["time"] >= last["time"] - 1
-    return run.requeues[-1] if late else {}
+def start_signs(run: Run) -> list[float]:
+    """When the run was last heard of: its events, its metrics."""
+    metrics = run.path / "metrics.jsonl"
+    times = [timestamp(event) for event in run.state.events[-1:]]
+    return times + ([metrics.stat().st_mtime] if metrics.exists() else [])
 
 
-def becomes(run: Run, last: dict[str, Any]) -> str:
+def becomes(start: Start) -> str:
     """Whether an ended job put itself into the queue, or why it did not."""
-    entry = decided(run, last)
-    if entry.get("requeue"):
+    if start.decided is None or start.ended is None:
+        return ""
+    if start.decided["requeue"]:
         return QUEUED
     # What is hopeless, done or stopped says so already.
-    return f", not requeued: {entry['why']}" if "no checkpoint" in entry.get("why", "") else ""
+    why = start.decided["why"]
+    return f", not requeued: {why}" if "no checkpoint" in why else ""
 
 
 def mean(records: list[dict[str, Any]], tag: str) -> float:
@@ -149,8 +135,8 @@ def describe_steps(run: Run) -> list[str]:
         return ["step        none yet"]
     last, end = run.steps[-1], run.config.get("max_steps", 0)
     seconds, batch = mean(run.steps, "time/step_seconds"), run.config.get("global_batch_size", 0)
-    jobs = own_jobs(run)
-    if jobs and jobs[-1]["event"] == "START" and not is_told(run.status, jobs):
+    start = run.state.current
+    if start and start.told is None and start.ended is None:
         # It may have been submitted with another max_steps, which is not written down yet.
         return [f"step        {last['step']} before this start"]
     lines = [f"step        {last['step']} of {end}, {100 * last['step'] / max(end, 1):.1f} %, "
@@ -185,48 +171,45 @@ def describe_checkpoint(run: Run) -> str:
 
 
 def describe_jobs(run: Run) -> list[str]:
-    jobs = own_jobs(run)
-    starts = [entry for entry in jobs if entry["event"] == "START"]
-    restarts = sum(not entry["job"].endswith("-0") for entry in starts)
-    lines = []
-    if starts:
-        last, ended = starts[-1], jobs[-1]["event"] == "END"
-        lines.append(
-            f"job         {last['job']} on {last['nodes']}, {last['ranks']} ranks, "
-            f"{'ended' if ended else 'started'} {in_words(run.now - jobs[-1]['time'])} ago")
-        nodes = ", ".join(sorted({entry["nodes"] for entry in starts}))
-        # A resubmitted job counts its restarts from 0, the ledger does not.
-        itself = sum(entry["requeue"] for entry in run.requeues)
-        waits = decided(run, jobs[-1]).get("requeue", False)
-        lines.append(f"starts      {len(starts)}, on {nodes}; requeued "
-                     f"{max(restarts + waits, itself)} times, {itself} of them by the job itself")
-    return lines
+    starts = [start for start in run.state.starts if "nodes" in start.began and not start.refused]
+    if not starts:
+        return []
+    last = starts[-1]
+    since = in_words(run.now - timestamp(last.ended or last.began))
+    nodes = ", ".join(sorted({start.began["nodes"] for start in starts}))
+    # A resubmitted job counts its restarts from 0, the decisions of all jobs are kept.
+    itself = sum(event["requeue"] for event in run.state.requeues)
+    restarts = sum(not str(start.job).endswith("-0") for start in starts)
+    waits = last.decided is not None and last.decided["requeue"]
+    return [
+        f"job         {last.job} on {last.began['nodes']}, {last.began.get('ranks')} ranks, "
+        f"{'ended' if last.ended else 'started'} {since} ago",
+        f"starts      {len(starts)}, on {nodes}; requeued {max(restarts + waits, itself)} times, "
+        f"{itself} of them by the job itself",
+    ]
 
 
 def describe_last(run: Run) -> str:
-    """The newest of: failure, requeue, end of a job, start of a job."""
-    events = [(entry["time"], f"{entry['event']} of job {entry['job']}" + (
-        f", exit {entry['exit']}" if entry["event"] == "END" else "")) for entry in run.jobs]
-    events += [(entry["time"], f"requeued: {entry['state']}, exit {entry['exit']}, newest "
-                f"checkpoint at step {entry['step']}") for entry in run.requeues
-               if entry["requeue"]]
-    for alarm in run.path.glob("failures/*/alarm"):
-        words = alarm.read_text(encoding="utf-8").split(" ", 1)[-1]
-        events.append((alarm.stat().st_mtime, f"failure: {words} ({alarm.parent})"))
-    if not events:
-        return "nothing out of the ordinary"
-    when, what = max(events)
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))}  {what}"
+    """The newest failure, requeue, end or start of a job."""
+    for event in reversed(run.state.events):
+        said = {
+            "job_start": "start of job {job}", "job_end": "end of job {job}, exit {exit}",
+            "requeue": "requeued: {state}, exit {exit}, newest checkpoint at step {step}",
+            "alarm": "failure: {words} ({folder})",
+        }.get(event["event"])
+        if said and event.get("requeue", True):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp(event)))
+            return f"{when}  {said.format_map(defaultdict(str, event))}"
+    return "nothing out of the ordinary"
 
 
 def report(run: Run) -> str:
     lines = [f"{run.path}  {run.config.get('task', '')}".rstrip(),
              f"state       {describe_state(run)}", *describe_steps(run),
              f"checkpoint  {describe_checkpoint(run)}", *describe_jobs(run)]
-    if run.skips:
-        skip = run.skips[-1]
-        lines.append(f"skips       {sum(not entry['applied'] for entry in run.skips)} updates, "
-                     f"{len(run.skips)} events; last {skip['kind']} at step {skip['step']}")
+    if skips := run.state.skips:
+        lines.append(f"skips       {sum(not skip['applied'] for skip in skips)} updates, "
+                     f"{len(skips)} events; last {skips[-1]['kind']} at step {skips[-1]['step']}")
     return "\n".join([*lines, f"last        {describe_last(run)}"])
 
 

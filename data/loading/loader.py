@@ -3,12 +3,11 @@
 The global batch of every step is a row of `data.loading.order`, resumed or not; a rank reads its
 slice of it. `locate` gives the place of any step, so nothing about the loader needs to be in a
 checkpoint. A shard that cannot be read stops the run on every rank in the same step, or is
-substituted and logged in a ledger. Called by train.py.
+substituted and written down. Called by train.py.
 """
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from common.files import append_lines, keep_lines_before
+from common.events import append_event
 from data.loading.agreement import PeerError, agree
 from data.loading.order import locate
 from data.loading.shards import ShardDataset
@@ -30,20 +29,15 @@ Substitution = dict[str, Any]
 T = TypeVar("T")
 
 
-class Ledger:
-    """The bad shards that all ranks know of, and RUN/substitutions.jsonl, which rank 0 writes.
+class BadShards:
+    """The bad shards that all ranks know of, and the events of their samples, which rank 0 writes.
 
-    One line per substituted sample: step, split, sample index, shard, reason, id that was used.
+    One event per substituted sample: step, split, sample index, shard, reason, id that was used.
     """
 
-    def __init__(self, config: DataConfig, split: str, path: Path | None) -> None:
-        self.config, self.split, self.path = config, split, path
-        self.bad: dict[str, int] = {}  # shard -> samples in it
-
-    def forget(self, first_step: int) -> None:
-        """Drop what was written of steps that are about to be trained again."""
-        if self.path is not None:
-            keep_lines_before(self.path, first_step)
+    def __init__(self, config: DataConfig, split: str, run_dir: Path | None) -> None:
+        self.config, self.split, self.run_dir = config, split, run_dir
+        self.samples: dict[str, int] = {}  # shard -> samples in it
 
     def enter(self, step: int, substitutions: list[Substitution], total: int) -> None:
         """Log the substitutions of all ranks at `step`.
@@ -53,20 +47,15 @@ class Ledger:
         step on and is the same at every step and on every rank.
         """
         for told in substitutions:
-            self.bad[told["shard"]] = told["samples"]
-        if self.path is not None and substitutions:
-            lines = [{"step": step} | {k: v for k, v in told.items() if k != "samples"}
-                     for told in substitutions]
-            try:
-                append_lines(self.path, lines)
-            except OSError as error:  # one rank's alone: the others have gone on
-                print(f"warning: {self.path} cannot be written ({error}): {lines}",
-                      file=sys.stderr, flush=True)
-        limit, lost = self.config.max_substituted_fraction, sum(self.bad.values())
+            self.samples[told["shard"]] = told["samples"]
+            if self.run_dir is not None:
+                values = {key: value for key, value in told.items() if key != "samples"}
+                append_event(self.run_dir, "substitution", step=step, **values)
+        limit, lost = self.config.max_substituted_fraction, sum(self.samples.values())
         if lost > limit * total:
             raise DataError(
                 f"data.max_substituted_fraction={limit}: {lost} of the {total} samples of split "
-                f"'{self.split}' are in bad shards ({', '.join(sorted(self.bad)[:3])}; "
+                f"'{self.split}' are in bad shards ({', '.join(sorted(self.samples)[:3])}; "
                 f"{substitutions[0]['reason']}); copy the data set again, or allow more"
             )
 
@@ -78,14 +67,14 @@ def build_loader(
     world_size: int,
     seed: int,
     first_step: int = 0,
-    ledger: Path | None = None,
+    run_dir: Path | None = None,
     waited: Callable[[float], None] | None = None,
 ) -> Generator[tuple[int, Batch], None, None]:
     """(epoch, Batch) without end, from `first_step` on: this rank's samples of each global batch.
 
     `audio_weight` is scaled over the global batch: the mean of weight * loss over its samples is
     the mean loss over those with sound, however they are spread over ranks and micro-batches.
-    ``ledger`` is the file for substitutions, None on all ranks but one; ``waited`` is given the
+    ``run_dir`` takes the events, None on all ranks but one; ``waited`` is given the
     seconds that each batch took on this rank alone. Every rank must take every batch. DataError,
     before anything is read, if a split is missing or smaller than one global batch or the global
     batch cannot be divided.
@@ -117,16 +106,15 @@ def build_loader(
             f"{seen.rank} of {seen.num_ranks}; set both (and LOCAL_WORLD_SIZE) before loading"
         )
     dataset.start_at(first_step)
-    book = Ledger(config, config.train_split, ledger)
-    book.forget(first_step)
+    bad = BadShards(config, config.train_split, run_dir)
     batches = _local_batches(dataset, [stream.metadata for stream in opened], first_step)
-    return _agreed(batches, dataset, book, first_step, waited)
+    return _agreed(batches, dataset, bad, first_step, waited)
 
 
 def _agreed(
     batches: Generator[tuple[int, Batch, list[Substitution]], None, None],
     dataset: ShardDataset,
-    ledger: Ledger,
+    bad: BadShards,
     step: int,
     waited: Callable[[float], None] | None,
 ) -> Generator[tuple[int, Batch], None, None]:
@@ -138,7 +126,7 @@ def _agreed(
             if waited is not None:
                 waited(time.perf_counter() - began)
             told, heard = agree(None, told, int(batch.has_audio.sum()))
-            ledger.enter(step, told, dataset.num_samples)
+            bad.enter(step, told, dataset.num_samples)
             scale = dataset.order.global_batch_size / max(heard, 1)
             yield epoch, batch._replace(audio_weight=batch.audio_weight * scale)
             step += 1
@@ -212,10 +200,10 @@ class ValidationSet:
     Every rank must call `batch` and `shares` alike.
     """
 
-    def __init__(self, config: DataConfig, ledger: Path | None = None) -> None:
+    def __init__(self, config: DataConfig, run_dir: Path | None = None) -> None:
         self.opened: list[Opened] = open_streams(config)
         self.dataset = ShardDataset(config, self.opened, config.validation_split)
-        self.ledger = Ledger(config, config.validation_split, ledger)
+        self.bad = BadShards(config, config.validation_split, run_dir)
 
     def __len__(self) -> int:
         return self.dataset.num_samples
@@ -224,7 +212,7 @@ class ValidationSet:
         """The samples of these indices, of one shape, in this order."""
         samples = _together(lambda: [self.dataset[index] for index in indices])
         batch, told = _collate(samples, [stream.metadata for stream in self.opened])
-        self.ledger.enter(step, agree(None, told)[0], len(self))
+        self.bad.enter(step, agree(None, told)[0], len(self))
         return batch
 
     def shares(

@@ -104,7 +104,7 @@ def test_in_a_container_the_host_needs_no_environment(tmp_path, line):
         *["python -m tools.status --where"] * 2, "python -m tools.report runs/x runs/x"], seen
     batch = (ROOT / "launch" / "train.sbatch").read_text()
     calls = re.findall(r"(.{0,5})python (?!-u)", batch)  # -u: the ranks' own, under srun
-    assert len(calls) == 2 and all(call.endswith("once ") for call in calls), calls
+    assert len(calls) == 4 and all(call.endswith("once ") for call in calls), calls
 
 
 def test_local_starts_one_process_where_there_is_no_gpu(tmp_path):

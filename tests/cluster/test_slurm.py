@@ -18,6 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.schema import load_metadata
+from tests.support.faults import events
 from tests.support.kills import prepare_kills
 from tests.support.launch import ROOT, records
 from tests.support.slurm_cluster import Cluster, missing
@@ -148,8 +149,8 @@ def test_scancel_saves_and_stays_cancelled(runs, slurm, reference):
     assert time.monotonic() - began < 60
     assert runs.checkpoints("cancel")[-1] >= 2
     assert slurm.show(job)["JobState"] == "CANCELLED" and slurm.show(job)["Restarts"] == "0"
-    jobs = (runs.run_dir("cancel") / "jobs.jsonl").read_text().splitlines()
-    assert json.loads(jobs[-1])["event"] == "END"  # or tools.status would wait for it for ever
+    [end] = events(runs.run_dir("cancel"), "job_end")  # or tools.status would wait for it for ever
+    assert end["job"] == f"{job}-0" and end["stage"] == "train"
     assert "preempted: signal, goes on when requeued" in runs.status("cancel")
     # Submitted again it goes on, on as many nodes as are free: n2 may still be clearing up.
     step = runs.checkpoints("cancel")[-1]
@@ -181,10 +182,10 @@ def test_a_killed_rank_ends_all_and_the_job_requeues(runs, slurm, reference):
     runs.until(job, lambda: bool(runs.checkpoints("killed")))
     began = time.monotonic()
     runs.kill_rank(job, rank=1)
-    jobs = runs.run_dir("killed") / "jobs.jsonl"
-    runs.until(job, lambda: '"END"' in jobs.read_text(), 90)
+    run_dir = runs.run_dir("killed")
+    runs.until(job, lambda: bool(events(run_dir, "job_end")), 90)
     assert time.monotonic() - began < 75  # --wait=60 and what Slurm needs
-    end = json.loads(jobs.read_text().splitlines()[1])
+    [end] = events(run_dir, "job_end")
     assert end["exit"] == 137, end  # the highest: SIGKILL
     slurm.wait(job, "COMPLETED", 400)
     assert runs.steps("killed") == first(reference, 10)

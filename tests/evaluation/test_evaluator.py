@@ -21,6 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
+from common.events import append_event
 from common.ranks import World
 from data.schema import DataError
 from evaluation.evaluator import Evaluator
@@ -32,6 +33,7 @@ from tests.support.models.tiny import write_tangoflux, write_wan
 from tools import report
 from training.checkpoint.save_load import read_weights
 from training.guards.optional import AttemptError
+from training.guards.run_state import read_state
 from training.metrics.tags import SCALARS, described
 from training.metrics.writer import MetricWriter, read_records
 
@@ -300,16 +302,16 @@ def test_validate_only_leaves_the_runs_own_record_alone(runs):
     ahead, late = runs / "ahead", {"step": 4, "train/loss": 9.0}
     with open(ahead / "metrics.jsonl", "a") as file:
         file.write(json.dumps(late) + "\n")
-    for name in ("skips.jsonl", "substitutions.jsonl"):
-        (ahead / name).write_text(json.dumps({"step": 4}) + "\n")
-    kept = ["metrics.jsonl", "config/run.json", "config/starts.jsonl",
-            "validation/step00000003.jsonl", "skips.jsonl", "substitutions.jsonl"]
-    before = [(ahead / name).read_bytes() for name in kept]
+    append_event(ahead, "skip", step=4, kind="spike", applied=True)
+    kept = ["metrics.jsonl", "config/run.json", "validation/step00000003.jsonl"]
+    before, state = [(ahead / name).read_bytes() for name in kept], read_state(ahead)
     said = run([sys.executable, "train.py", f"{runs}/run.yaml", "task=t2v", "max_steps=3",
                 f"run_dir={ahead}", "validate_only=true", "validation_samples=2"]).stdout
     assert "step 3/3  validation  video" in said and "validated: step 3" in said
     assert [(ahead / name).read_bytes() for name in kept] == before
-    assert json.loads((ahead / "status.json").read_text())["state"] == "done"
+    after = read_state(ahead)
+    assert (after.cards, after.skips) == (state.cards, state.skips) and after.skips
+    assert after.current.state == "done" and after.current.told["reason"] == "validate_only"
 
 
 @pytest.mark.slow

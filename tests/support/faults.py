@@ -89,8 +89,14 @@ class Ranks:
         return [program.wait() for program in self.programs], outputs
 
 
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """What a run has written down of this kind."""
+    return [line for line in lines(run_dir / "events.jsonl") if line["event"] == kind]
+
+
 def status(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "status.json").read_text())
+    """The newest state that it told."""
+    return events(run_dir, "state")[-1]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.faults import lines, start_runs, write_world
+from tests.support.faults import events, start_runs, write_world
 from tools import replay
 
 
@@ -23,7 +23,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.mark.slow
 def test_it_finds_the_samples_t_and_losses_of_a_skipped_step(run_dir):
-    (skip,) = lines(run_dir / "skips.jsonl")
+    (skip,) = events(run_dir, "skip")
     again = list(replay.replay(run_dir, skip["step"], None, torch.device("cpu")))
     assert [told["id"] for told in again] == [sample["id"] for sample in skip["samples"]]
     for told, sample in zip(again, skip["samples"], strict=True):

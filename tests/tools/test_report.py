@@ -7,6 +7,7 @@ import re
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.events import append_event
 from common.settings import ConfigError, load_config
 from config import RunConfig
 from data.schema import load_metadata
@@ -113,8 +114,7 @@ def test_every_stream_and_every_part_of_the_model_has_its_row(tmp_path, metadata
     data = {"streams": [{"root": "x/near", "proportion": 1}, {"remote": "s3://far/away",
                                                               "proportion": 3}]}
     run = write_run(tmp_path / "run", "t2av", metadata, {"raw": rows(0.0)}, data)
-    write_lines(run / "config" / "starts.jsonl", [
-        {"time": "now", "first_step": 0, "data": {"near": "cafe", "away": "babe"}}])
+    append_event(run, "start", first_step=0, data={"near": "cafe", "away": "babe"})
     page = report.build_page([run], [])
     near, away = cells(page, "near"), cells(page, "away")
     assert near[:2] == ["x/near", "25 %"] and near[-1] == "cafe"

@@ -4,51 +4,58 @@ import errno
 import json
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from cluster.requeue import decide
+from common.events import append_event, events_path
+from common.files import append_lines
 from tests.support.launch import ROOT, run
 from tools.status import StatusError, find_run, main, read_run, report
 from training.checkpoint.contents import Contents, write_contents
-from training.guards.run_state import TIME_FORMAT, write_status
+
+NODES = {"nodes": "n[1-2]", "ranks": 4}
 
 
-def write_lines(path, *lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def tell(run_dir, event, ago=0.0, **values):
+    """An event of `ago` seconds ago."""
+    when = datetime.fromtimestamp(time.time() - ago).astimezone().isoformat()
+    append_lines(events_path(run_dir), [{"event": event, "time": when, **values}])
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A run at step 40 of 100, preempted once, going on as job 7-1."""
-    now = time.time()
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "run.json").write_text(json.dumps(
         {"task": "t2av", "max_steps": 100, "global_batch_size": 8, "log_every": 1}))
     steps = [{"step": step, "train/loss": 1.0, "train/loss_video": 0.4, "train/loss_audio": 0.6,
               "time/step_seconds": 0.5} for step in range(1, 41)]
     held = {"step": 20, "validation/loss_video": 0.3, "validation/loss_audio": 0.7}
-    write_lines(tmp_path / "metrics.jsonl", *steps, held)
+    append_lines(tmp_path / "metrics.jsonl", [*steps, held])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "train/lo')  # being written
-    start = {"event": "START", "nodes": "n[1-2]", "ranks": 4, "exit": None}
-    write_lines(
-        tmp_path / "jobs.jsonl", start | {"time": now - 700, "job": "7-0"},
-        start | {"event": "END", "time": now - 300, "job": "7-0", "exit": 0},
-        start | {"time": now - 200, "job": "7-1"})
-    write_lines(tmp_path / "requeues.jsonl",
-                {"time": now - 299, "step": 30, "exit": 0, "state": "preempted",
-                 "requeue": True})
-    write_lines(tmp_path / "skips.jsonl", {"step": 12, "kind": "spike", "applied": True},
-                {"step": 33, "kind": "gradient not finite", "applied": False})
     tag = tmp_path / "checkpoints" / "step00000030"
     tag.mkdir(parents=True)
     (tag / "weight-00000.safetensors").write_bytes(b"12345")
     write_contents(tag, Contents(
         step=30, world_size=4, updates=0, skipped_steps=0, parameters={}, kinds=["weight"],
         groups=[], files={"weight-00000.safetensors": (5, "")}, run={}))
-    write_status(tmp_path, "running", checkpoint=tag)
+    tell(tmp_path, "job_start", 700, job="7-0", **NODES)
+    tell(tmp_path, "state", 690, job="7-0", state="running")
+    tell(tmp_path, "start", 690, first_step=0)
+    tell(tmp_path, "skip", 650, step=12, kind="spike", applied=True)
+    tell(tmp_path, "skip", 620, step=33, kind="spike", applied=True)  # its step is done again
+    tell(tmp_path, "state", 301, job="7-0", state="preempted", reason="signal")
+    tell(tmp_path, "job_end", 300, job="7-0", exit=0, stage="train")
+    tell(tmp_path, "requeue", 299, job="7-0", step=30, exit=0, state="preempted", requeue=True,
+         why="preempted")
+    tell(tmp_path, "job_start", 200, job="7-1", log="logs/x-7.out", **NODES)
+    tell(tmp_path, "state", 190, job="7-1", state="running", checkpoint=str(tag))
+    tell(tmp_path, "start", 190, first_step=30)
+    tell(tmp_path, "skip", 100, step=33, kind="gradient not finite", applied=False)
     return tmp_path
 
 
@@ -66,15 +73,14 @@ def test_everything_is_told(folder):
         "skips       1 updates, 2 events; last gradient not finite at step 33",
     ):
         assert line in told, told
-    assert "START of job 7-1" in told.splitlines()[-1]
+    assert "start of job 7-1" in told.splitlines()[-1]
 
 
 def test_a_damaged_checkpoint_and_a_failure_are_named(folder):
     weights = folder / "checkpoints" / "step00000030" / "weight-00000.safetensors"
     weights.write_bytes(b"123")
-    failure = folder / "failures" / "20260101T000000_1"
-    failure.mkdir(parents=True)
-    (failure / "alarm").write_text("76 rank 3 on n2: phase 'data' took too long")
+    append_event(folder, "alarm", words="rank 3 on n2: phase 'data' took too long", exit=76,
+                 folder=folder / "failures" / "20260101T000000_1")
     told = report(read_run(folder))
     assert "is missing or has not the 5 bytes" in told
     assert "failure: rank 3 on n2: phase 'data' took too long" in told.splitlines()[-1]
@@ -94,101 +100,111 @@ def test_a_checkpoint_that_cannot_be_read_now_is_named(folder, monkeypatch):
 
 def test_a_run_that_died_in_silence_is_doubted(folder):
     now = time.time()
-    for name in ("status.json", "metrics.jsonl", "jobs.jsonl"):
-        os.utime(folder / name, (now - 3000, now - 3000))
+    os.utime(folder / "metrics.jsonl", (now - 3000, now - 3000))
+    events = [json.loads(line) for line in events_path(folder).read_text().splitlines()]
+    events_path(folder).unlink()
+    for event in events:
+        tell(folder, ago=3000, **{key: value for key, value in event.items() if key != "time"})
     assert "running?  NO SIGN FOR 50 min" in report(read_run(folder))
-    with open(folder / "jobs.jsonl", "a") as file:
-        file.write(json.dumps({"event": "END", "time": now - 60, "job": "7-1", "nodes": "n1",
-                               "ranks": 4, "exit": 137}) + "\n")
-    assert "ended with exit 137 60 s ago: see the job's log" in report(read_run(folder))
+    tell(folder, "job_end", 60, job="7-1", exit=137)
+    told = report(read_run(folder))
+    assert "ended with exit 137 60 s ago: see the job's log logs/x-7.out" in told
 
 
 def test_a_start_that_has_not_got_so_far_and_a_cancelled_job(folder):
-    status = json.loads((folder / "status.json").read_text())  # of the start before
-    status["time"] = time.strftime(TIME_FORMAT, time.localtime(time.time() - 400))
-    (folder / "status.json").write_text(json.dumps(status))
+    tell(folder, "job_end", 30, job="7-1", exit=137)
+    tell(folder, "job_start", job="7-2", **NODES)
     told = report(read_run(folder))
     assert "state       starting, running before" in told
     assert "step        40 before this start\n" in told  # perhaps with another max_steps
-    write_status(folder, "preempted")  # scancel ends the script too: no END follows
+    tell(folder, "state", job="7-2", state="running")
+    tell(folder, "state", job="7-2", state="preempted")  # scancel ends the script too: no END
     assert "state       preempted, last sign 0 s ago" in report(read_run(folder))
 
 
 def test_a_job_that_was_refused_says_nothing_of_the_one_that_trains(folder):
-    with open(folder / "jobs.jsonl", "a") as file:  # another name, the same run directory
-        for event, when, code in (("START", 20, None), ("END", 10, 78)):
-            file.write(json.dumps({"event": event, "time": time.time() + when, "job": "8-0",
-                                   "nodes": "n9", "ranks": 1, "exit": code}) + "\n")
+    tell(folder, "job_start", job="8-0", nodes="n9", ranks=1)  # the same run directory
+    assert "starting, running before" in report(read_run(folder))
+    tell(folder, "job_end", job="8-0", exit=78)
     told = report(read_run(folder))
     assert "state       running, last sign" in told and "job         7-1 on n[1-2]" in told
-    assert "END of job 8-0, exit 78" in told.splitlines()[-1] or "START of job 8-0" in told
+    assert "starts      2, on n[1-2]" in told and "n9" not in told
+    assert "end of job 8-0, exit 78" in told.splitlines()[-1]
 
 
-def test_what_becomes_of_a_preempted_one(folder):
-    write_status(folder, "preempted", reason="signal")
-    end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4, "exit": 0}
-    with open(folder / "jobs.jsonl", "a") as file:
-        file.write(json.dumps(end) + "\n")
+def test_what_becomes_of_a_preempted_one(folder, monkeypatch):
+    tell(folder, "state", job="7-1", state="preempted", reason="signal")
+    tell(folder, "job_end", job="7-1", exit=0)
     assert "preempted: signal, goes on when requeued or submitted again (squeue --me)" in report(
         read_run(folder))
+    assert "requeued 1 times, 1 of them by the job itself" in report(read_run(folder))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert decide(folder, 0)[0]
     told = report(read_run(folder))
     assert "preempted: signal, in the queue again unless cancelled (squeue --me), last" in told
     assert "requeued 2 times, 2 of them by the job itself" in told
-    os.remove(folder / "requeues.jsonl")  # as it is where Slurm or a person requeued
-    assert "requeued 1 times, 0 of them by the job itself" in report(read_run(folder))
+
+
+def test_a_requeue_by_slurm_or_a_person_counts(folder):
+    tell(folder, "job_start", job="7-2", **NODES)
+    assert "starts      3, on n[1-2]; requeued 2 times, 1 of them by the job itself" in report(
+        read_run(folder))
 
 
 def test_a_crash_that_is_in_the_queue_again(folder):
-    end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4,
-           "exit": 137}
-    with open(folder / "jobs.jsonl", "a") as file:
-        file.write(json.dumps(end) + "\n")
+    tell(folder, "job_end", job="7-1", exit=137)
     assert "ended with exit 137 0 s ago: see the job's log" in report(read_run(folder))
     assert decide(folder, 137)[0]
     told = report(read_run(folder))
     assert "exit 137 0 s ago, in the queue again unless cancelled (squeue --me)" in told
     assert "requeued: ended without a word, exit 137" in told
-    with open(folder / "jobs.jsonl", "a") as file:  # by hand, then a requeue by the job
-        file.write(json.dumps(end | {
-            "event": "START", "time": time.time() + 30, "job": "7-2", "exit": None}) + "\n")
+    tell(folder, "job_start", job="7-2", **NODES)
     assert "requeued 2 times, 2 of them by the job itself" in report(read_run(folder))
 
 
-def test_a_crash_loop_is_explained_and_the_log_named(folder):
-    """A process may write its end in the file of states (failed) or not (killed)."""
-    end = {"event": "END", "time": time.time(), "job": "7-1", "nodes": "n1", "ranks": 4,
-           "exit": 137, "log": "logs/x-7.out"}
-    with open(folder / "jobs.jsonl", "a") as file:
-        file.write(json.dumps(end) + "\n")
+def test_a_crash_loop_is_explained_and_the_log_named(folder, monkeypatch):
+    """A process may tell its end (failed) or not (killed)."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    tell(folder, "job_end", job="7-1", exit=137)
     assert [decide(folder, 137)[0] for _ in range(2)] == [True, True]
-    write_status(folder, "failed", reason="RuntimeError: peer")
+    tell(folder, "state", job="7-1", state="failed", reason="RuntimeError: peer")
     assert "failed: RuntimeError: peer, in the queue again unless" in report(read_run(folder))
     assert not decide(folder, 137)[0]
     words = ", not requeued: 2 requeues brought no checkpoint after step 30"
     assert f"failed: RuntimeError: peer{words}, last sign" in report(read_run(folder))
-    write_status(folder, "running")
-    told = report(read_run(folder))
-    assert f"ended with exit 137 0 s ago{words}: see the job's log logs/x-7.out" in told
-    assert "requeued 3 times, 3 of them by the job itself" in told
+    assert "requeued 3 times, 3 of them by the job itself" in report(read_run(folder))
+
+
+def test_a_killed_one_that_is_not_requeued_names_its_log(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    tell(folder, "job_end", job="7-1", exit=137)
+    assert [decide(folder, 137)[0] for _ in range(3)] == [True, True, False]
+    assert ("ended with exit 137 0 s ago, not requeued: 2 requeues brought no checkpoint after "
+            "step 30: see the job's log logs/x-7.out") in report(read_run(folder))
 
 
 def test_a_hopeless_exit_is_explained(folder):
-    with open(folder / "jobs.jsonl", "a") as file:
-        file.write(json.dumps({"event": "END", "time": time.time() - 60, "job": "7-1",
-                               "nodes": "n1", "ranks": 4, "exit": 77}) + "\n")
+    tell(folder, "job_end", 60, job="7-1", exit=77)
     assert "ended with exit 77 (bad numbers) 60 s ago" in report(read_run(folder))
 
 
 def test_a_start_that_the_preflight_ended(tmp_path):
-    line = {"job": "8-0", "nodes": "n1", "ranks": 2, "stage": "preflight", "exit": None}
-    start = line | {"event": "START", "time": time.time() - 30}
-    write_lines(tmp_path / "jobs.jsonl", start)
+    tell(tmp_path, "job_start", 30, job="8-0", nodes="n1", ranks=2)
     assert "state       starting; last sign" in report(read_run(tmp_path))
-    write_lines(tmp_path / "jobs.jsonl", start,
-                line | {"event": "END", "time": time.time() - 9, "exit": 1})
+    tell(tmp_path, "job_end", 9, job="8-0", exit=1, stage="preflight")
     told = report(read_run(tmp_path))
     assert "state       ended with exit 1 9 s ago, in preflight: see the job's log" in told
+
+
+def test_a_run_without_a_batch_script(tmp_path):
+    tell(tmp_path, "state", 50, job=None, state="running")
+    assert "state       running, last sign 50 s ago" in report(read_run(tmp_path))
+    tell(tmp_path, "state", job=None, state="failed", reason="KeyError: x")
+    told = report(read_run(tmp_path))
+    assert "state       failed: KeyError: x, last sign 0 s ago" in told and "job  " not in told
 
 
 def test_it_imports_nothing_heavy():
@@ -214,7 +230,7 @@ def test_it_looks_again_until_it_is_stopped(folder, capsys, monkeypatch):
 
     def wait(seconds):
         rounds.append(seconds)
-        (folder / "status.json").write_text(json.dumps({"state": "done", "step": 77 + len(rounds)}))
+        tell(folder, "state", job="7-1", state="done", step=77 + len(rounds))
         if len(rounds) == 3:
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""What commit bfb3d05 wrote is accepted: a data set, a half-finished data.prepare, a checkpoint.
+"""What commit bfb3d05 wrote is accepted: a data set, a half-finished data.prepare, a run.
 
 tests/fixtures/README.md says how that commit made them. Up to it, dataset.json named its rules of
 cutting and encoding by a hash of source files, `code`; that hash is ENCODING_VERSION 1.
@@ -22,6 +22,7 @@ from tests.support.encoded import FIXTURES, assert_same_sample
 from tests.support.launch import records, run_ranks
 from tools.export import export
 from training.checkpoint.save_load import read_weights
+from training.guards.run_state import read_state
 
 FOLDER = FIXTURES / "bfb3d05"
 MANIFEST, PREPARED = str(FOLDER / "manifest.jsonl"), FOLDER / "prepared"
@@ -127,6 +128,7 @@ def test_a_checkpoint_is_resumed_and_exported(tmp_path):
     expected = json.loads((FOLDER / "losses.json").read_text())
     for ranks, engine in ((2, FOLDER / "zero3.json"), (1, tmp_path / "zero2.json")):
         run = shutil.copytree(FOLDER / "run", tmp_path / f"run{ranks}")
+        shutil.copytree(FOLDER / "history", run, dirs_exist_ok=True)
         spec = [{"config": str(FOLDER / "run.yaml"), "overrides": [
             f"run_dir={run}", f"wan={WAN}", f"tangoflux={TANGOFLUX}", f"deepspeed={engine}",
             f"data.root={tmp_path}/prepared"]}]
@@ -139,6 +141,10 @@ def test_a_checkpoint_is_resumed_and_exported(tmp_path):
         for tag, values in expected.items():
             after = {int(step): value for step, value in values.items() if int(step) > SAVED}
             assert records(run, tag) == pytest.approx(after, rel=2e-5), (ranks, tag)
+        state = read_state(run)
+        assert [start.state for start in state.starts] == ["unknown", "running", "done"]
+        assert [card["first_step"] for card in state.cards] == [0, 2, SAVED]
+        assert not state.skips  # that of step 4 was done again
     run = FOLDER / "run"
     for ema in (False, True):
         step, weights = read_weights(run, ema=ema)

@@ -3,7 +3,7 @@
 DeepSpeed skips an update whose gradient norm is not finite, on all ranks (a NaN on one spreads
 with the reduction), but counts nothing, names nothing and never stops. Here a loss that is not
 finite always makes its gradient so, a spike can be made to, each skip is written to
-RUN/skips.jsonl with its sample ids, t and losses, and the run ends after too many in a row.
+RUN/events.jsonl with its sample ids, t and losses, and the run ends after too many in a row.
 Called by train.py.
 """
 
@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from common.errors import ExpectedError
-from common.files import append_lines, keep_lines_before
+from common.events import append_event, events_path
 from common.ranks import World, gather_objects, sum_over_ranks
 from common.settings import STRICT
 
@@ -68,7 +68,7 @@ class Guard:
     """Screens every micro-batch's loss, judges every step; the same verdict on every rank."""
 
     def __init__(
-        self, config: GuardConfig, run_dir: Path, world: World, first_step: int | None,
+        self, config: GuardConfig, run_dir: Path, world: World,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.run_dir, self.world = config, run_dir, world
@@ -77,9 +77,6 @@ class Guard:
         self.in_a_row: int = state["in_a_row"]
         self.partial: list[torch.Tensor] = []  # this step's micro-batch losses
         self.spiked = False
-        self.path = run_dir / "skips.jsonl"
-        if world.is_main and first_step is not None:
-            keep_lines_before(self.path, first_step)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run judges as the undisturbed one."""
@@ -130,7 +127,8 @@ class Guard:
             "gradient not finite")
         worst = self._record(kind, loss, applied, drawn)
         said = (f"step {drawn.step}: {kind} (loss {loss:.4g}), update "
-                f"{'kept' if applied else 'SKIPPED'}; {worst}; all samples in {self.path}")
+                f"{'kept' if applied else 'SKIPPED'}; {worst}; all samples in "
+                f"{events_path(self.run_dir)}")
         ended = self.in_a_row >= self.config.max_skips or (
             spiked and self.config.spike == "stop")
         if ended:
@@ -144,14 +142,13 @@ class Guard:
         return said
 
     def _record(self, kind: str, loss: float, applied: bool, drawn: Drawn) -> str:
-        """Every rank's samples into one line of skips.jsonl; the worst sample in words."""
+        """Every rank's samples into one event; the worst sample in words."""
         parts = gather_objects(drawn.lines(self.world.rank), self.world)
         samples = [line for part in parts for line in part]
         if self.world.is_main:
-            line = {"step": drawn.step, "epoch": drawn.epoch, "kind": kind,
-                    "loss": json_number(loss), "applied": applied, "in_a_row": self.in_a_row,
-                    "samples": samples}
-            append_lines(self.path, [line])
+            append_event(self.run_dir, "skip", step=drawn.step, epoch=drawn.epoch, kind=kind,
+                         loss=json_number(loss), applied=applied, in_a_row=self.in_a_row,
+                         samples=samples)
         broken = [s for s in samples if any(isinstance(x, str) for x in s["losses"])]
         worst = max(broken or samples, key=lambda s: max(
             math.inf if isinstance(x, str) else x for x in s["losses"]))

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import ExpectedError
+from common.events import append_event
 from common.files import write_json
 from common.ranks import World, broadcast_object
 
@@ -57,7 +58,7 @@ class Failure:
     ) -> None:
         began = time.strftime("%Y%m%dT%H%M%S") + f"_{os.getpid()}"
         self.folder = run_dir / "failures" / broadcast_object(began, world)
-        self.config, self.world = config, world
+        self.run_dir, self.config, self.world = run_dir, config, world
         self.last: Last | None = None
 
     @property
@@ -92,6 +93,9 @@ class Failure:
             file.write(f"{code} rank {self.world.rank} on {socket.gethostname()}: {reason}")
             file.flush()
             write_json(self.folder / "config.json", self.config)
+            append_event(self.run_dir, "alarm", exit=code, rank=self.world.rank,
+                         words=f"rank {self.world.rank} on {socket.gethostname()}: {reason}",
+                         folder=self.folder)
         if os.environ.get("TORCH_FR_BUFFER_SIZE") and dist.is_initialized():
             (self.folder / f"flight_{self.world.rank}").write_bytes(flight_record())
 

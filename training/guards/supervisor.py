@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.events import append_event, job_name
 from common.ranks import World, broadcast_object, start_sum_over_ranks
 from common.settings import ConfigError
 from training.checkpoint.run_lock import lock_run
 from training.guards.bad_numbers import Drawn, Guard, GuardConfig
 from training.guards.failure_report import Failure, Last
-from training.guards.run_state import write_status
 from training.guards.stop_requests import STOP_FILE, Requests, stop_reason
 from training.guards.straggler import Straggler
 from training.guards.watchdog import Watchdog, WatchdogConfig
@@ -66,7 +66,8 @@ class Supervisor:
 
     def status(self, state: str, **values: Any) -> None:
         if self.world.is_main:
-            write_status(self.run_dir, state, checkpoint=self.last_good, **values)
+            append_event(self.run_dir, "state", state=state, job=job_name(os.environ),
+                         pid=os.getpid(), checkpoint=self.last_good, **values)
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -135,16 +136,15 @@ class StepAgreement:
 
     Args:
         supervisor: takes the votes and carries out what was agreed.
-        rewrite_from: as MetricWriter's, for the record of skips.
         state: `guard.state()` of the checkpoint that the run goes on from.
     """
 
     def __init__(
-        self, supervisor: Supervisor, config: GuardConfig, rewrite_from: int | None,
-        state: dict[str, Any] | None, device: torch.device,
+        self, supervisor: Supervisor, config: GuardConfig, state: dict[str, Any] | None,
+        device: torch.device,
     ) -> None:
         self.supervisor, self.world = supervisor, supervisor.world
-        self.guard = Guard(config, supervisor.run_dir, self.world, rewrite_from, state)
+        self.guard = Guard(config, supervisor.run_dir, self.world, state)
         self.straggler = Straggler(self.world, device)
         self.began = time.monotonic()
         self.told: Callable[[], torch.Tensor] | None = None  # waits for the step's gather

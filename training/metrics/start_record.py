@@ -1,22 +1,21 @@
-"""The reproducibility card: RUN/config/starts.jsonl, one line per start of the run.
+"""The reproducibility card: one "start" in RUN/events.jsonl for every start of the run.
 
-With RUN/config/*.json (what was resolved), RUN/skips.jsonl and RUN/substitutions.jsonl it says
+With RUN/config/*.json (what was resolved) and the skips and substitutions among the events it says
 what made the weights: code, packages, hardware, data, weights, seed, world size, every resume and
-every skipped update. Lines are only ever appended. Called by train.py on rank 0.
+every skipped update. Called by train.py on rank 0.
 """
 
 import hashlib
 import importlib.metadata
 import os
 import platform
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.files import append_lines
+from common.events import append_event
 from common.git import run_git
 from common.ranks import World
 
@@ -27,7 +26,7 @@ PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "diffusers", "t
 def write_start(
     run_dir: Path, world: World, hosts: list[str], first_step: int, **values: Any
 ) -> dict[str, Any]:
-    """Append this start's line and return it; a dirty checkout's patch is kept next to it.
+    """Append this start's event and return it; a dirty checkout's patch goes into RUN/config.
 
     Args:
         hosts: of every rank. values: seed, fingerprints of data and weights, the tag resumed from.
@@ -35,7 +34,6 @@ def write_start(
     folder = run_dir / "config"
     folder.mkdir(parents=True, exist_ok=True)
     card = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "first_step": first_step,
         "world_size": world.world_size,
         "ranks_per_node": world.local_world_size,
@@ -49,8 +47,7 @@ def write_start(
         "hardware": describe_hardware(),
         **values,
     }
-    append_lines(folder / "starts.jsonl", [card])
-    return card
+    return append_event(run_dir, "start", **card)
 
 
 def _versions() -> dict[str, str]:

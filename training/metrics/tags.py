@@ -16,7 +16,7 @@ SCALARS = {
     "train/grad_norm": "L2 norm of this update's gradient, before clipping",
     "train/grad_norm_{part}": "of the video tower, the audio tower, the joint blocks' new weights",
     "train/clipped": "1 if this update's gradient was clipped",
-    "train/skipped": "updates skipped since the last record (skips.jsonl says why)",
+    "train/skipped": "updates skipped since the last record (events.jsonl says why)",
     "train/lr": "learning rate; the highest of the parameter groups",
     "train/samples_seen": "since step 0",
     "train/epoch": "pass over the training split, from 0",

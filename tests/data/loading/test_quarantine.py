@@ -1,7 +1,6 @@
 """Samples that were stored wrong: named and stopped at, or replaced by a neighbour and counted."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError, load_metadata, sample_fault
 from tests.support.inputs import prepared
 from tests.support.inputs.prepared import write_shards
+from training.guards.run_state import read_state
 
 BAD = "train007"
 
@@ -39,8 +39,8 @@ def config(root, **values):
     return DataConfig(str(root), num_workers=0, **values)
 
 
-def read(root, ledger=None, **values):
-    loader = build_loader(config(root, **values), 4, 0, 1, 0, 0, ledger)
+def read(root, run_dir=None, **values):
+    loader = build_loader(config(root, **values), 4, 0, 1, 0, 0, run_dir)
     batches = [next(loader)[1] for _ in range(5)]
     loader.close()
     return batches
@@ -52,14 +52,13 @@ def test_it_stops_and_names_sample_column_and_fix(root):
 
 
 def test_a_neighbour_takes_its_place_the_same_each_time_and_it_is_told(root, tmp_path):
-    ledger = tmp_path / "substitutions.jsonl"
-    first = read(root, ledger, on_bad_shard="substitute", max_substituted_fraction=0.06)
+    first = read(root, tmp_path, on_bad_shard="substitute", max_substituted_fraction=0.06)
     again = read(root, None, on_bad_shard="substitute", max_substituted_fraction=0.06)
     ids = [name for batch in first for name in batch.sample_ids]
     assert ids == [name for batch in again for name in batch.sample_ids]
     assert BAD not in ids and len(ids) == 20 and len(set(ids)) == 19
     assert all(batch.video_latents.isfinite().all() for batch in first)
-    (told,) = [json.loads(line) for line in ledger.read_text().splitlines()]
+    (told,) = read_state(tmp_path).substitutions
     assert told["reason"].split(": ")[1] == f"sample {BAD}" and told["used"] in ids
     assert told["shard"].endswith("#7")  # one sample counts, not its shard
 

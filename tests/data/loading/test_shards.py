@@ -15,12 +15,14 @@ import pytest
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 
+from common.events import append_event, events_path
 from data.loading.loader import ValidationSet, build_loader
 from data.loading.shards import ShardDataset
 from data.loading.sources import DataConfig, open_streams
 from data.schema import DataError
 from tests.support.inputs.prepared import write_shards
 from tests.support.workers.ranks import Job, global_batches, read_job, run_job, spoil
+from training.guards.run_state import read_state
 
 TRAIN, HELD, STEPS = 26, 5, 12  # two epochs of 6 batches of 4
 MATRIX = pytest.mark.parametrize(("kind", "workers", "world"), [
@@ -55,7 +57,7 @@ def damaged(copy, layout, kind, policy, workers, world, **more):
     """A job that meets a bad second shard, in order, and where that begins."""
     config = DataConfig(str(copy), shuffle=False, num_workers=workers, on_bad_shard=policy, **more)
     path = sorted((copy / "train").glob("*.zstd"))[1]
-    job = Job(config, world, STEPS, damage=(kind, str(path)), ledger=copy / "substitutions.jsonl")
+    job = Job(config, world, STEPS, damage=(kind, str(path)), run_dir=copy)
     return job, path, layout[1]
 
 
@@ -69,7 +71,7 @@ def test_stop_is_the_same_step_and_error_on_every_rank(copy, layout, kind, worke
     error = ranks[0]["error"]
     assert f"{path.name}: this shard cannot be read" in error and "\n" not in error
     assert error.startswith("rank 1: " if world == 2 else str(path))
-    assert not job.ledger.exists()
+    assert not read_state(copy).events
 
 
 @MATRIX
@@ -91,7 +93,7 @@ def test_substitute_is_the_same_neighbour_on_any_ranks(copy, layout, kind, worke
     assert [batch for _, batch in global_batches(ranks)] == [
         tuple(map(expected, row)) for row in rows
     ]
-    lines = [json.loads(line) for line in job.ledger.read_text().splitlines()]
+    lines = read_state(copy).substitutions
     assert [(x["step"], x["sample"], x["used"]) for x in lines] == [
         (step, sample, expected(sample)) for step, row in enumerate(rows) for sample in row
         if begin <= sample < begin + size
@@ -139,26 +141,29 @@ def test_two_bad_shards_in_a_row_give_the_next_good_one(copy, layout):
         ShardDataset(config, open_streams(config), "train")[0]
 
 
-def test_a_resume_forgets_the_substitutions_of_steps_it_repeats(copy, layout):
+def test_a_resume_counts_the_substitutions_of_steps_it_repeats_once(copy, layout):
     job, _, (begin, _) = damaged(
         copy, layout, "bad", "substitute", 0, 1, max_substituted_fraction=0.5
     )
     read_job(job, 0)
-    whole = job.ledger.read_text()
-    with open(job.ledger, "a") as file:
+    whole = [(told["step"], told["sample"]) for told in read_state(copy).substitutions]
+    with open(events_path(copy), "a") as file:
         file.write('{"step": 9, "sp')  # killed while it was written
-    again = replace(job, first=begin // 4 + 1, steps=STEPS - begin // 4 - 1, damage=None)
-    read_job(again, 0)
-    assert job.ledger.read_text() == whole
+    first = begin // 4 + 1
+    append_event(copy, "start", first_step=first)
+    read_job(replace(job, first=first, steps=STEPS - first, damage=None), 0)
+    again = read_state(copy)
+    assert len(again.events) > len(whole) + 1
+    assert [(told["step"], told["sample"]) for told in again.substitutions] == whole
 
 
 def test_validation_samples_are_substituted_and_told_too(copy):
     config = DataConfig(str(copy), on_bad_shard="substitute", max_substituted_fraction=0.9,
                         validation_split="train")
     spoil("bad", sorted((copy / "train").glob("*.zstd"))[0])
-    validation_set = ValidationSet(config, copy / "ledger.jsonl")
+    validation_set = ValidationSet(config, copy)
     [used] = validation_set.batch([0], step=7).sample_ids
-    [line] = map(json.loads, (copy / "ledger.jsonl").read_text().splitlines())
+    [line] = read_state(copy).substitutions
     assert (line["step"], line["sample"], line["used"]) == (7, 0, used) and used != "train000"
 
 

@@ -28,7 +28,7 @@ class Job:
     first: int = 0
     seed: int = 3
     damage: tuple[str, str] | None = None  # (kind, file), once the loader is built
-    ledger: Path | None = None
+    run_dir: Path | None = None
 
 
 def spoil(kind: str, path: str | Path) -> None:
@@ -52,10 +52,10 @@ def read_job(job: Job, rank: int) -> dict[str, Any]:
     ended it though nothing is wrong with the data: `crash`.
     """
     found: dict[str, Any] = {"batches": [], "error": None, "held": [], "crash": None}
-    ledger = job.ledger if rank == 0 else None
+    run_dir = job.run_dir if rank == 0 else None
     try:
         loader = build_loader(
-            job.config, job.batch, rank, job.world, job.seed, job.first, ledger
+            job.config, job.batch, rank, job.world, job.seed, job.first, run_dir
         )
         if job.damage and rank == 0:
             spoil(*job.damage)
@@ -65,7 +65,7 @@ def read_job(job: Job, rank: int) -> dict[str, Any]:
             shape = tuple(batch.video_latents.shape[1:])
             weights = dict(zip(batch.sample_ids, batch.audio_weight.tolist(), strict=True))
             found["batches"].append((epoch, batch.sample_ids, shape, weights))
-        validation_set = ValidationSet(job.config, ledger)
+        validation_set = ValidationSet(job.config, run_dir)
         for batch, real in validation_set.shares(None, 2, rank, job.world, job.steps):
             found["held"].append((batch.sample_ids, real.tolist(), batch.video_latents.shape[1:]))
     except DataError as error:

@@ -8,7 +8,7 @@ import torch
 
 from cluster.requeue import decide
 from common.ranks import World
-from tests.support.faults import ENGINES, Ranks, lines, start_runs, status, write_world
+from tests.support.faults import ENGINES, Ranks, events, lines, start_runs, status, write_world
 from training.guards.bad_numbers import BadNumbersError, Drawn, Guard, GuardConfig
 
 ALONE = World(0, 1, 0, 1, "alone")
@@ -33,19 +33,19 @@ def noisy(step: int) -> float:
 
 
 def test_a_loss_that_is_not_finite_has_no_finite_gradient(tmp_path):
-    guard = Guard(GuardConfig(), tmp_path, ALONE, 0)
+    guard = Guard(GuardConfig(), tmp_path, ALONE)
     assert go(guard, 1, 1.0) == (True, None)
     for step, loss in enumerate((math.nan, math.inf, -math.inf), 2):
         applied, said = go(guard, step, loss)
         assert not applied and "loss not finite" in said and "SKIPPED" in said
-    told = lines(tmp_path / "skips.jsonl")
+    told = events(tmp_path, "skip")
     assert [line["step"] for line in told] == [2, 3, 4]
     assert told[0]["samples"][0] == {"rank": 0, "id": "a", "t": pytest.approx(0.1),
                                      "losses": [1.0, 2.0]}
 
 
 def test_it_stops_after_that_many_in_a_row_and_names_the_checkpoint(tmp_path):
-    guard = Guard(GuardConfig(max_skips=3), tmp_path, ALONE, 0)
+    guard = Guard(GuardConfig(max_skips=3), tmp_path, ALONE)
     for step in (1, 2):
         go(guard, step, math.nan)
     go(guard, 3, 1.0)  # the row is broken
@@ -59,7 +59,7 @@ def test_it_stops_after_that_many_in_a_row_and_names_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("action", ["log", "skip", "stop"])
 def test_an_infinite_loss_is_no_spike(tmp_path, action):
     """One is skipped and counted like a NaN, whatever is to be done about spikes."""
-    guard = Guard(GuardConfig(spike=action, max_skips=2), tmp_path, ALONE, 0)
+    guard = Guard(GuardConfig(spike=action, max_skips=2), tmp_path, ALONE)
     for step in range(1, 101):
         go(guard, step, noisy(step))
     applied, said = go(guard, 101, math.inf)
@@ -70,7 +70,7 @@ def test_an_infinite_loss_is_no_spike(tmp_path, action):
 
 @pytest.mark.parametrize("action", ["log", "skip", "stop"])
 def test_a_spike_is_told_kept_out_or_stops(tmp_path, action):
-    guard = Guard(GuardConfig(spike=action), tmp_path, ALONE, 0)
+    guard = Guard(GuardConfig(spike=action), tmp_path, ALONE)
     for step in range(1, 101):
         assert go(guard, step, noisy(step)) == (True, None)
     if action == "stop":
@@ -83,28 +83,28 @@ def test_a_spike_is_told_kept_out_or_stops(tmp_path, action):
 
 
 def test_nothing_is_called_a_spike_before_there_is_a_history(tmp_path):
-    guard = Guard(GuardConfig(spike="skip"), tmp_path, ALONE, 0)
+    guard = Guard(GuardConfig(spike="skip"), tmp_path, ALONE)
     assert all(go(guard, step, loss)[0] for step, loss in enumerate((1.0, 1.0, 50.0, 1.0)))
 
 
 def test_a_resumed_guard_judges_as_the_undisturbed_one(tmp_path):
-    whole = Guard(GuardConfig(spike="skip"), tmp_path / "whole", ALONE, 0)
+    whole = Guard(GuardConfig(spike="skip"), tmp_path / "whole", ALONE)
     (tmp_path / "whole").mkdir()
     for step in range(1, 100):
         go(whole, step, noisy(step))
     (tmp_path / "resumed").mkdir()
     state = json.loads(json.dumps(whole.state()))
-    resumed = Guard(GuardConfig(spike="skip"), tmp_path / "resumed", ALONE, 100, state)
+    resumed = Guard(GuardConfig(spike="skip"), tmp_path / "resumed", ALONE, state)
     assert go(resumed, 100, 1.08)[0] is go(whole, 100, 1.08)[0] is False
     assert resumed.state() == whole.state()
 
 
-def test_records_of_steps_done_again_are_dropped(tmp_path):
-    guard = Guard(GuardConfig(), tmp_path, ALONE, 0)
-    for step in (1, 2, 3):
-        go(guard, step, math.nan)
-    Guard(GuardConfig(), tmp_path, ALONE, 3)
-    assert [line["step"] for line in lines(tmp_path / "skips.jsonl")] == [1, 2]
+def test_a_disk_that_takes_no_record_ends_no_run(tmp_path, capsys):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    guard = Guard(GuardConfig(), tmp_path, ALONE)
+    applied, said = go(guard, 1, math.nan)
+    assert not applied and "SKIPPED" in said
+    assert "events.jsonl cannot be written ([Errno 28] No space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [{"max_skips": 0}, {"spike_window": 2}, {"spike_sigmas": 0.5},
@@ -139,7 +139,7 @@ def check_skips(run_dir):
         digests = [line["digest"] for line in lines(run_dir / f"weights_rank{rank}.jsonl")]
         still = [index + 1 for index in range(1, 6) if digests[index] == digests[index - 1]]
         assert still == list(BAD), f"{run_dir.name} rank {rank}"
-    told = lines(run_dir / "skips.jsonl")
+    told = events(run_dir, "skip")
     assert [line["step"] for line in told] == list(BAD)
     for line in told:
         assert (line["applied"], len(line["samples"])) == (False, 8)
@@ -169,7 +169,7 @@ def test_the_run_ends_on_every_rank_with_the_last_good_checkpoint(runs):
 
 @pytest.mark.slow
 def test_a_spike_on_one_rank_is_kept_out_on_all(runs):
-    (told,) = lines(runs / "spiked" / "skips.jsonl")
+    (told,) = events(runs / "spiked", "skip")
     assert (told["step"], told["kind"], told["applied"]) == (6, "spike", False)
     for rank in (0, 1):
         digests = [line["digest"] for line in lines(runs / f"spiked/weights_rank{rank}.jsonl")]

@@ -9,7 +9,7 @@ import torch
 from common.errors import ExpectedError
 from common.ranks import World
 from model.objective import Batch
-from tests.support.faults import Ranks, lines, status, write_world
+from tests.support.faults import Ranks, events, lines, status, write_world
 from training.guards.failure_report import Failure, Last, is_out_of_memory
 
 ALONE = World(0, 1, 0, 1, "alone")
@@ -57,6 +57,9 @@ def test_the_first_rank_to_fail_gives_the_alarm(tmp_path):
     second.write("a consequence", 76)
     code, words = second.read_alarm()
     assert code == 1 and "the cause" in words
+    [alarm] = events(tmp_path, "alarm")
+    assert (alarm["exit"], alarm["words"]) == (code, words)
+    assert alarm["folder"] == str(first.folder)
     assert len(list(first.folder.glob("rank*.json"))) == 2
 
 

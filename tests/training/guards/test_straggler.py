@@ -1,12 +1,11 @@
 """straggler.py: the slow rank is named, and whether it is its data or its compute."""
 
-import json
 
 import pytest
 import torch
 
 from common.ranks import World
-from tests.support.faults import lines, start_runs, write_world
+from tests.support.faults import events, lines, start_runs, write_world
 from training.guards.straggler import Straggler
 
 
@@ -36,6 +35,6 @@ def test_the_slow_rank_is_named_with_its_node(tmp_path):
     assert slow["time/forward_seconds_slowest"] > 0.4
     assert slow["time/forward_seconds_slowest"] - slow["time/forward_seconds"] > 0.15
     assert slow["time/forward_slowest_rank"] == 1
-    host = json.loads((root / "runs/run/config/starts.jsonl").read_text())["hosts"][0]
+    host = events(root / "runs/run", "start")[0]["hosts"][0]
     last = [line for line in said.splitlines() if line.startswith("step 4/4  loss")][0]
     assert f"(rank 1 {host} 0." in last.split("forward")[1]

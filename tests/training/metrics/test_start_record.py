@@ -1,11 +1,10 @@
 """training/metrics/start_record.py: every start says what made the weights."""
 
-import json
 import subprocess
 
 from common import git as git_module
-from common.files import read_lines
 from common.ranks import World
+from training.guards.run_state import read_state
 from training.metrics import start_record
 
 WORLD = World(0, 4, 0, 2, "srun")
@@ -16,8 +15,7 @@ def test_every_start_is_a_line(tmp_path, monkeypatch):
     for first in (0, 500):
         start_record.write_start(tmp_path, WORLD, ["a", "a", "b", "b"], first, seed=7,
                          data={"x": "hash"}, weights={"wan": "w"}, resumed_from=None)
-    starts = [json.loads(line) for line in
-              (tmp_path / "config" / "starts.jsonl").read_text().splitlines()]
+    starts = read_state(tmp_path).cards
     assert [start["first_step"] for start in starts] == [0, 500]
     assert starts[1]["world_size"] == 4 and starts[1]["hosts"] == ["a", "b"]
     assert starts[1]["job"]["SLURM_JOB_ID"] == "4711" and starts[1]["seed"] == 7
@@ -26,11 +24,11 @@ def test_every_start_is_a_line(tmp_path, monkeypatch):
 
 
 def test_a_start_behind_a_torn_line_is_a_line(tmp_path):
-    path = tmp_path / "config" / "starts.jsonl"
-    path.parent.mkdir()
-    path.write_text('{"first_step": 0}\n{"first_step": 2, "hos')  # a power cut
+    start_record.write_start(tmp_path, WORLD, ["a"], 0)
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "start", "first_step": 2, "hos')  # a power cut
     start_record.write_start(tmp_path, WORLD, ["a"], 4)
-    assert [start["first_step"] for start in read_lines(path)] == [0, 4]
+    assert [start["first_step"] for start in read_state(tmp_path).cards] == [0, 4]
 
 
 def test_the_code_is_its_commit_and_the_patch_that_is_not_in_it(tmp_path, monkeypatch):
