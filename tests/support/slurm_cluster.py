@@ -247,5 +247,8 @@ def _wait_for(condition, seconds: float, what: str) -> None:
 
 # python -m tests.support.slurm_cluster COMMAND: a shell on a private cluster
 if __name__ == "__main__":
+    if sys.argv[1:2] in ([], ["--help"]):
+        print(__doc__, "\n    python -m tests.support.slurm_cluster COMMAND    # in such a cluster")
+        sys.exit()
     with tempfile.TemporaryDirectory(prefix="slurm") as place, Cluster(Path(place)) as private:
         sys.exit(subprocess.run(sys.argv[1:], env=private.environment, check=False).returncode)
