@@ -198,6 +198,7 @@ def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 def read_moments(engine: deepspeed.DeepSpeedEngine, buffer: FlatBuffer) -> dict[str, Tensor]:
     """Adam's moments of a buffer, flat; empty before the first update."""
     state = base_optimizer(engine).state.get(buffer.parameter, {})
+    assert state.keys() <= {"step", *MOMENTS}, f"a checkpoint would not hold {sorted(state)}"
     return {key: state[key].view(-1) for key in MOMENTS if key in state}
 
 

@@ -3,7 +3,9 @@
 Slurm sends SIGUSR1 ahead of a time limit and SIGTERM before it preempts, to any or all ranks, and
 more than once. A handler here only counts; what any one rank knows travels with the step's own
 gather as a vote (`Requests.votes`), so that all ranks stop after the same step: the one in hand, or
-the next if this one's losses were known. Called by train.py, before the loader's workers are.
+the next if this one's losses were known. A new reason is one more vote: `votes`, `stop_reason` and
+StepAgreement.agree name them in one order, and Supervisor.finish says which are requeued. `votes`
+runs at every step, so it must not wait. Called by train.py, before the loader's workers are.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Every scalar that a run writes, and what it means: stable names, the table of docs/monitoring.md.
 
 A tag stays what it is from one version to the next. `{...}` stands for a part of the model, a t or
-a layer. tests/evaluation/test_evaluator.py compares this with that page and with what a run
+a layer. Values come from StepAccumulator (`record`, `health_record`), Straggler, evaluation.run_log
+and evaluation.evaluator. tests/evaluation/test_evaluator.py compares this with that page and with what a run
 writes.
 """
 
