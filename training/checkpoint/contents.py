@@ -17,6 +17,10 @@ MANIFEST = "manifest.json"
 FORMAT = 2  # 1 held DeepSpeed's own files
 
 
+class FormatError(CheckpointError):
+    """Another version of the code wrote it."""
+
+
 @dataclass(frozen=True)
 class Contents:
     """All of a checkpoint but its tensors."""
@@ -52,16 +56,18 @@ def read_contents(tag: Path) -> Contents:
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
+        FormatError: it may be whole, but not for this code.
     """
     path = tag / MANIFEST
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not of format {FORMAT}: go on with the version of the code that wrote it"
-        )
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    if values.get("format") != FORMAT:
+        raise FormatError(f"{path} is not of format {FORMAT}: go on with the version of the code "
+                          "that wrote it, or move it away")
     if values.pop("sha256", None) != json_sha256(values):
         raise CheckpointError(f"{path} differs from its own sha256")
     del values["format"]

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from common.files import file_sha256
 from common.ranks import World, broadcast_object, gather_objects
-from training.checkpoint.contents import MANIFEST, Contents, read_contents, wrong_size
+from training.checkpoint.contents import MANIFEST, Contents, FormatError, read_contents, wrong_size
 from training.checkpoint.run_dir import CheckpointError, step_of, tags_in
 
 PROTECTED = "PROTECTED"  # a file of this name in a tag keeps it
@@ -38,7 +38,8 @@ class Found(NamedTuple):
 
 class Problem(NamedTuple):
     words: str
-    state: Literal["unfinished", "damaged", "unread"]  # unread: the disk's fault, which may pass
+    # unread: the disk's fault, which may pass; foreign: of another version of the code.
+    state: Literal["unfinished", "damaged", "unread", "foreign"]
 
 
 def tag_of(step: int) -> str:
@@ -58,14 +59,15 @@ def remove(tag: Path) -> None:
 def prune(run_dir: Path, retention: Retention) -> None:
     """Delete what is not retained, after a save; also what killed saves left, and damaged ones.
 
-    What only cannot be read now stays: it may be whole.
+    What only cannot be read now, or by this code, stays: it may be whole.
     """
     problems = {tag: _problem(tag) for tag in tags_in(run_dir)}
     whole = [tag for tag, problem in problems.items() if problem is None]
     keep = set(whole[-retention.last:])
     if retention.every:
         keep |= {tag for tag in whole if step_of(tag) % retention.every == 0}
-    keep |= {tag for tag, problem in problems.items() if problem and problem.state == "unread"}
+    keep |= {tag for tag, problem in problems.items()
+             if problem and problem.state in ("unread", "foreign")}
     for tag in problems:
         if tag not in keep and not _is_protected(tag):
             remove(tag)
@@ -103,7 +105,8 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
     the one before it, listed in `Found.damaged`; so is one that cannot be read, in `Found.unread`.
 
     Raises:
-        CheckpointError: on every rank, when there are checkpoints but none is whole.
+        CheckpointError: on every rank, when there are checkpoints but none is whole, or a newer
+            one than the newest whole one is of another version of the code.
     """
     damaged: dict[Path, str] = {}
     unread: dict[Path, str] = {}
@@ -111,6 +114,8 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
         contents, problem = broadcast_object(_read(tag) if world.is_main else None, world)
         if problem and problem.state == "unfinished":
             continue  # a kill in a save
+        if problem and problem.state == "foreign":
+            raise CheckpointError(problem.words)
         share = list(contents.files)[world.rank :: world.world_size] if contents else []
         found = gather_objects(problem or _check(tag, share, contents), world)
         problems = sorted(filter(None, found), key=lambda problem: problem.state == "unread")
@@ -130,6 +135,8 @@ def find_checkpoint(run_dir: Path, world: World) -> Found | None:
 def _read(tag: Path) -> tuple[Contents | None, Problem | None]:
     try:
         return read_contents(tag), None
+    except FormatError as error:
+        return None, Problem(str(error), "foreign")
     except CheckpointError as error:
         cause = error.__cause__
         missing, erring = isinstance(cause, FileNotFoundError), isinstance(cause, OSError)

@@ -2,6 +2,7 @@
 checkpoint_worker.py and checkpoint_faults.py."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -150,6 +151,19 @@ def test_a_checkpoint_of_the_older_format_is_no_fresh_start(tmp_path):
     (tag / MANIFEST).write_text('{"step": 4, "world_size": 2, "files": {}}')
     with pytest.raises(CheckpointError, match=f"not of format {FORMAT}: go on with the version"):
         find_checkpoint(tmp_path, ALONE)
+
+
+def test_a_checkpoint_of_another_format_is_kept_and_not_passed_over(tmp_path):
+    """After an update and back: the older code would go back a day, and delete the newer work."""
+    older, newer = (write_weights(tmp_path, step, {"x": torch.ones(3)}) for step in (3, 6))
+    values = json.loads((newer / MANIFEST).read_text())
+    (newer / MANIFEST).write_text(json.dumps(values | {"format": FORMAT + 1}))
+    with pytest.raises(CheckpointError, match="step00000006.*with the version .*, or move it away"):
+        find_checkpoint(tmp_path, ALONE)
+    prune(tmp_path, Retention(last=1))
+    assert newer.is_dir() and complete_tags(tmp_path) == [older]
+    shutil.move(newer, tmp_path / "elsewhere")
+    assert find_checkpoint(tmp_path, ALONE).tag == older
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
