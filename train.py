@@ -6,8 +6,8 @@
     ... optimizer.lr=2e-5 run_dir=runs/other                     # any key of the YAML
 
 The same command resumes. t, noise, caption drop and the audio latent's draw are functions of
-(seed, epoch, sample id), the learning rate is a function of the step: nothing of either depends on
-rank or world size, and a t2v run has the video noise of its t2av twin.
+(seed, epoch, sample id), the learning rate is a function of the step: none of them depends on rank
+or world size, and a t2v run has the video noise of its t2av twin.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ SPEAKER_SECONDS = 20.0  # by which the slowest rank of a node has found the same
 
 
 def build_model(config: RunConfig, plan: Plan, fresh: bool) -> AVFullDiT:
-    """The stitched model; both backbones' weights are read unless a checkpoint will be."""
+    """The stitched model; both backbones' weights are read unless a checkpoint replaces them."""
     torch.manual_seed(config.seed)  # the new weights are drawn alike on every rank
     model = ds.build_sharded(
         lambda: AVFullDiT(plan.model, recompute=config.recompute, attention=config.attention),
@@ -106,9 +106,12 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
 
     # Find the checkpoint to go on from. A run that has changed in what must stay ends here.
     found, changes = find_resume(config, plan, world)
-    first, kept = (found.contents.step, found.contents.run) if found else (0, {})
-    # Records from this step on are made again; validate_only makes none and drops none.
-    rewrite_from = None if config.validate_only else first + 1 if first else 0
+    first, saved = (found.contents.step, found.contents.run) if found else (0, {})
+    # This start writes the records from here on again: those of `first` are there, but a fresh
+    # start drops all. validate_only trains nothing and drops nothing.
+    rewrite_from: int | None = first + 1 if first else 0
+    if config.validate_only:
+        rewrite_from = None
 
     # The model is born as the ZeRO stage keeps it; the backbones fill it, or the checkpoint does.
     model = build_model(config, plan, fresh=found is None)
@@ -124,7 +127,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
         supervisor.last_good = found.tag
 
     # What the ranks exchange at every step, and the batches of every step from `first` on.
-    agreement = StepAgreement(supervisor, config.guard, kept.get("guard"), engine.device)
+    agreement = StepAgreement(supervisor, config.guard, saved.get("guard"), engine.device)
     writes = run_dir if world.is_main and not config.validate_only else None
     loader = build_loader(
         config.data, config.global_batch_size, world.rank, world.world_size, config.seed, first,
@@ -134,7 +137,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
     # Who looks at the model, who writes down what is measured, and when either is due.
     evaluator = Evaluator(
         engine, ValidationSet(config.data, writes), objective, ema, config, world, supervisor)
-    log = RunLog(engine, config, plan, agreement, rewrite_from, kept.get("watch"))
+    log = RunLog(engine, config, plan, agreement, rewrite_from, saved.get("watch"))
     if rewrite_from:
         evaluator.renew_gallery()
     due = Schedule.of(config, first, *evaluator.done_at(first, log.writer))
@@ -161,6 +164,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
             with supervisor.section("sampling"):
                 evaluator.sample(step, log.writer)
         if due.checkpoint(step, done or supervisor.save):
+            # The loader's place is for people: it starts from the step.
             state = {"loader": {"epoch": epoch, "samples_seen": step * config.global_batch_size},
                      "guard": agreement.guard.state(), "watch": log.accumulator.state()}
             retention = save_load.Retention(config.keep_checkpoints, config.keep_every)
@@ -180,7 +184,7 @@ def train(config: RunConfig, plan: Plan, world: ranks.World, supervisor: Supervi
         step += 1
         agreed = train_step(engine, step, batch, epoch, objective, empty, agreement,
                             log.accumulator, bias, due.record(step))
-        if ema and agreed.applied:
+        if ema:
             ema.update()
 
         # Log what this period measured, and now and then what the model looks like inside.

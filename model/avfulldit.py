@@ -61,7 +61,8 @@ class AVFullDiT(nn.Module):
         """The kernel in use, in words, chosen by the weights' dtype and device if not yet run."""
         weight = self.video.proj_out.weight
         kernel = self.attend.resolve(weight.device, weight.dtype)
-        if self.config.init == "bias_warmup" and kernel not in ANYWHERE:  # only these take a bias
+        if self.config.init == "bias_warmup" and kernel not in ANYWHERE:
+            # Only those take a bias; silent clips leave this kernel, too.
             return f"{kernel} (sdpa in joint blocks until step {self.config.bias_steps})"
         return kernel
 
@@ -112,7 +113,7 @@ class AVFullDiT(nn.Module):
             video, stream = self._run(
                 block, video, stream, video_context, joint_context, coupling
             )
-        audio = stream[:, : audio_context.num_audio]  # the caption's tokens end here
+        audio = stream[:, : audio_context.num_audio]  # the caption's tokens are dropped here
         return (
             self.video.velocity(video, video_context),
             self.audio.velocity(audio, audio_context),

@@ -1,6 +1,7 @@
 """Flow matching: t, noising, velocity target and loss (Eq. 2, 3, 10), and keyed randomness.
 
-x_t = (1 - t) x_0 + t eps, one t shared by both modalities, independent eps; target eps - x_0.
+x_t = (1 - t) x_0 + t eps, independent eps; target eps - x_0. Both modalities share one t, unless
+audio_t says otherwise.
 Every random number is a function of (stream, seed, epoch, sample id) and drawn on the CPU: the
 same sample has the same t and noise on any device, rank, world size and batch, in t2av and t2v.
 """

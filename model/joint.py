@@ -55,29 +55,29 @@ class AVFullAttention(nn.Module):
         key = torch.cat((video.key, stream.key), dim=1)  # (B, Nv + La + Lt, H, D)
         value = torch.cat((video.value, stream.value), dim=1)
         num_video, num_stream = video.key.shape[1], stream.key.shape[1]
-        to_stream = to_video = None  # bias per key, for video's queries and for the stream's
+        on_stream_keys = on_video_keys = None  # biases per key, each for the other side's queries
         if bias or audio_present is not None:
             of_stream = torch.arange(key.shape[1], device=key.device) >= num_video
-            to_stream = bias * of_stream
-            to_video = bias - to_stream if bias else None
+            on_stream_keys = bias * of_stream
+            on_video_keys = bias - on_stream_keys if bias else None
             if audio_present is not None:
                 silent = ~audio_present[:, None] & of_stream  # (B, keys)
-                to_stream = to_stream.masked_fill(silent, -torch.inf)
+                on_stream_keys = on_stream_keys.masked_fill(silent, -torch.inf)
         elif self.audio_text == "stream":
             query = torch.cat((video.query, stream.query), dim=1)
             return self.attend(query, key, value).split((num_video, num_stream), dim=1)
         if self.audio_text == "stream":
             return (
-                self.attend(video.query, key, value, to_stream),
-                self.attend(stream.query, key, value, to_video),
+                self.attend(video.query, key, value, on_stream_keys),
+                self.attend(stream.query, key, value, on_video_keys),
             )
         last_audio = num_video + num_audio
         video_out = self.attend(
             video.query, key[:, :last_audio], value[:, :last_audio],
-            None if to_stream is None else to_stream[..., :last_audio],
+            None if on_stream_keys is None else on_stream_keys[..., :last_audio],
         )
         audio_query, text_query = stream.query[:, :num_audio], stream.query[:, num_audio:]
-        audio_out = self.attend(audio_query, key, value, to_video)
+        audio_out = self.attend(audio_query, key, value, on_video_keys)
         text_out = self.attend(text_query, stream.key, stream.value)
         return video_out, torch.cat((audio_out, text_out), dim=1)
 

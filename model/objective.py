@@ -2,7 +2,7 @@
 
 Everything random is a pure function of (seed, epoch, sample id) through `flow.keyed_*`: the same
 sample has the same t and noise on 1 device or 64, in t2av and in t2v, resumed or not. Called by
-train.py for training and for the validation loss. Eq. 2, 3 and 10 of arXiv 2512.02457.
+train.py and, for the validation loss, by evaluation. Eq. 2, 3 and 10 of arXiv 2512.02457.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +122,7 @@ class Objective:
         )
 
     def noise(self, batch: Batch, t: Tensor, epoch: int, device: torch.device) -> Noised:
-        """Eq. 2-3: x_t = (1 - t) x0 + t eps, one t for both modalities, independent eps.
+        """Eq. 2-3: x_t = (1 - t) x0 + t eps, independent eps.
 
         Args:
             t: (B,) in [0, 1]; the audio's follows from it (`audio_t`).

@@ -1,4 +1,8 @@
-"""What is due at which step, and at which learning rate: functions of the step and the settings."""
+"""What is due at which step, and at which learning rate: functions of the step and the settings.
+
+Step n is the state after n updates; update n leads to it. A start goes on from step `first`, so
+its first update, and the first record that it writes, is `first` + 1.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -37,7 +41,7 @@ class Schedule:
         return cls(**{key: getattr(config, key) for key in keys}, **own)
 
     def rate_factor(self, step: int) -> float:
-        """Learning-rate factor of the update that leads to step + 1: up, constant, down."""
+        """Learning-rate factor of update step + 1: up, constant, down."""
         left = (self.max_steps - step) / max(self.decay_steps, 1)
         return min(1.0, (step + 1) / max(self.warmup_steps, 1), left)
 

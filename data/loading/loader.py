@@ -43,8 +43,8 @@ class BadShards:
         """Log the substitutions of all ranks at `step`.
 
         Raises DataError when too many of `total` samples are bad.
-        The bound is on the share of the split that lies in bad shards, so it holds from the first
-        step on and is the same at every step and on every rank.
+        The bound is on the share of the split that lies in the bad shards found so far: it depends
+        neither on the step nor on the rank.
         """
         for told in substitutions:
             self.samples[told["shard"]] = told["samples"]
@@ -126,7 +126,7 @@ def _agreed(
             if waited is not None:
                 waited(time.perf_counter() - began)
             told, heard = agree(None, told, int(batch.has_audio.sum()))
-            bad.enter(step, told, dataset.num_samples)
+            bad.enter(step + 1, told, dataset.num_samples)  # the update that takes the batch
             scale = dataset.order.global_batch_size / max(heard, 1)
             yield epoch, batch._replace(audio_weight=batch.audio_weight * scale)
             step += 1
@@ -135,7 +135,10 @@ def _agreed(
 
 
 def _together(read: Callable[[], T]) -> T:
-    """What `read` returns; a failure reaches every rank before it is raised."""
+    """What `read` returns; a failure reaches every rank before it is raised.
+
+    After a success the others wait in `agree`, which the caller must call.
+    """
     try:
         return read()
     except Exception as error:

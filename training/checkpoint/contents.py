@@ -33,7 +33,7 @@ class Contents:
     kinds: list[str]  # weight, exp_avg, exp_avg_sq, ema: a file each per rank
     groups: list[dict[str, Any]]  # the optimiser's settings, for the record
     files: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
-    run: dict[str, Any]  # training.checkpoint.resume.describe_run, and where the loader is
+    run: dict[str, Any]  # resume.describe_run, and the state of guard, accumulator and loader
 
     def __post_init__(self) -> None:
         for name in self.files:

@@ -1,8 +1,8 @@
 """What a run is, written into its checkpoints, and what may change when it is resumed.
 
-A key that decides what the weights mean, or which sample a step is, must stay. Any other key that
-has a part in the numbers may be changed, but not unnoticed: it is named with both values. FREE
-keys have no such part. A key that nobody thought of is named.
+Task, global batch size and model must stay: the weights or a step would mean something else. Any
+other key that has a part in the numbers, as seed and data have, may be changed, but not unnoticed:
+it is named with both values. FREE keys have no such part. A key that nobody thought of is named.
 """
 
 import fnmatch
@@ -28,7 +28,6 @@ FREE = (
     "deepspeed.steps_per_print", "deepspeed.checkpoint*", "deepspeed.*timers*",
     "deepspeed.wall_clock_breakdown", "deepspeed.flops_profiler*", "deepspeed.comms_logger*",
     "model.*",  # compared by itself
-    "loader.*", "guard.*",  # where it was, not what it is
     "config.watchdog.*", "config.world_size",
 )
 FORBIDDEN = {

@@ -9,7 +9,8 @@ every parameter group the first one's settings and has no room for an EMA: each 
 tests/training/checkpoint/test_library_checkpoint.py. Here every rank writes the fp32 slices that it
 holds, all ranks agree that it worked, and manifest.json, with every file's sha256, is written last:
 without it, a tag does not count. Learning rate, weight decay and betas are the configuration's,
-never the file's.
+never the file's. `retention.find_checkpoint` finds the one to go on from, `resume.check_resume`
+refuses or names what has changed, and `load_checkpoint` fills the engine.
 """
 
 import os
@@ -55,9 +56,10 @@ def save_checkpoint(
     """Write one checkpoint on all ranks, after an optimiser step; drop those not retained.
 
     Args:
-        run: what `training.checkpoint.resume.describe_run` says, and where the loader is.
+        run: what `training.checkpoint.resume.describe_run` says, the state of guard and
+            accumulator, and, for people, where the loader is: it starts from the step alone.
     Raises:
-        CheckpointError: on every rank when any rank failed; the broken tag is removed.
+        SaveError: on every rank when any rank failed; the broken tag is removed.
     """
     assert engine.micro_steps % engine.gradient_accumulation_steps() == 0, "half a step is lost"
     tag, buffers = run_dir / "checkpoints" / tag_of(step), find_buffers(engine)
@@ -157,6 +159,8 @@ def load_checkpoint(
 ) -> None:
     """Fill the engine, on any world size and ZeRO stage; `ema` too, from the weights if it is new.
 
+    Once that has worked, the damaged checkpoints that were passed over stop counting.
+
     Raises:
         CheckpointError: on every rank, when it holds another model or cannot be read.
     """
@@ -166,7 +170,7 @@ def load_checkpoint(
         readers = {kind: SliceReader(_files(found.tag, contents, kind)) for kind in contents.kinds}
         for index, buffer in enumerate(find_buffers(engine)):
             _fill(readers["weight"], buffer.pieces, buffer.flat)
-            if contents.updates:
+            if contents.updates:  # before the first one there are no moments
                 for key, flat in create_moments(engine, buffer, contents.updates).items():
                     _fill(readers[key], buffer.pieces, flat)
             if ema:
@@ -178,12 +182,12 @@ def load_checkpoint(
         if told:
             raise CheckpointError(told)
     publish_weights(engine)
-    if world.is_main:
-        for tag in found.damaged:
-            set_aside(tag)
     engine.global_steps, engine.skipped_steps = contents.step, contents.skipped_steps
     engine.global_samples = contents.step * engine.train_batch_size()
     engine.micro_steps = contents.step * engine.gradient_accumulation_steps()
+    if world.is_main:
+        for tag in found.damaged:
+            set_aside(tag)
 
 
 def _fill(reader: SliceReader, pieces: list[Piece], flat: torch.Tensor) -> None:

@@ -121,6 +121,6 @@ def _start_of(run: RunState, event: Event) -> Start:
 
 
 def _forget_steps_after(run: RunState, first_step: int) -> None:
-    """A start does the updates after its checkpoint again; a batch is numbered from 0."""
+    """A start does the updates after its checkpoint again."""
     run.skips = [event for event in run.skips if event["step"] <= first_step]
-    run.substitutions = [event for event in run.substitutions if event["step"] < first_step]
+    run.substitutions = [event for event in run.substitutions if event["step"] <= first_step]

@@ -101,11 +101,11 @@ class Supervisor:
             self.status("done" if step >= max_steps else "stopped", step=step,
                         reason="validate_only")
             return f"validated: step {step}"
+        self.requests.clear("STOP")  # or it would stop the next start, which has more steps
         if self.stop is None:
             self.status("done", step=step)
             return f"done: step {step}"
         state = "stopped" if self.stop == STOP_FILE else "preempted"
-        self.requests.clear("STOP")
         self.status(state, step=step, reason=self.stop)
         return f"{state} ({self.stop}): step {step}, the same command goes on from here,"
 

@@ -1,9 +1,9 @@
 """What a run says: one console line per log step, TensorBoard, and `metrics.jsonl`.
 
 The jsonl is the record of truth: one object per step and kind (training, health, validation) at
-most, never one twice, also after a resume. TensorBoard is drawn from the same numbers. Only rank
-0 writes, and nothing that cannot be written stops it. training.metrics.tags explains each
-tag.
+most, never one twice, also after a resume. TensorBoard is drawn from the same numbers. Only rank 0
+writes. A disk that is full at a start ends it; one that fills up later costs a warning.
+training.metrics.tags explains each tag.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ class MetricWriter:
 
     Args:
         run_dir: the run directory; None on the ranks that do not write.
-        first_step: first step of this process; older records beyond it are dropped, and what was
-            measured and drawn there, because a resumed run does those steps again. None: it trains
-            nothing, and all stay.
+        first_step: records of earlier starts from this step on are dropped, and what was measured
+            and drawn there, because a resumed run does those steps again. None: it trains nothing,
+            and all stay.
         max_steps: where the bar ends, which is shown on a terminal only.
     """
 

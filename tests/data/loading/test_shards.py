@@ -95,7 +95,7 @@ def test_substitute_is_the_same_neighbour_on_any_ranks(copy, layout, kind, worke
     ]
     lines = read_state(copy).substitutions
     assert [(x["step"], x["sample"], x["used"]) for x in lines] == [
-        (step, sample, expected(sample)) for step, row in enumerate(rows) for sample in row
+        (step, sample, expected(sample)) for step, row in enumerate(rows, 1) for sample in row
         if begin <= sample < begin + size
     ]
     assert {(x["split"], x["shard"]) for x in lines} == {("train", str(path))}

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from cluster.requeue import decide
+from common.ranks import World
 from tests.support.faults import Ranks, lines, start_runs, status, write_world
 from training.guards.stop_requests import (
     SAFETY_SECONDS,
@@ -17,6 +18,8 @@ from training.guards.stop_requests import (
     Requests,
     stop_reason,
 )
+from training.guards.supervisor import Supervisor
+from training.guards.watchdog import WatchdogConfig
 
 
 @pytest.fixture
@@ -32,6 +35,17 @@ def test_a_signal_is_a_vote_and_a_second_one_is_harmless(requests):
         os.kill(os.getpid(), number)
     assert requests.votes() == [1, 0, 0, 0]
     assert stop_reason([1, 0, 0, 0]) == "signal"
+
+
+@pytest.mark.parametrize("why", [None, STOP_FILE, "signal"])
+def test_a_stop_file_does_not_outlive_the_run_that_it_was_for(tmp_path, why):
+    """One that came after the last step's vote would stop the next start, which has more steps."""
+    with Supervisor({"run_dir": tmp_path}, WatchdogConfig(), World(0, 1, 0, 1, "alone")) as guards:
+        (tmp_path / "STOP").touch()
+        guards.stop = why
+        said = guards.finish(5, 5)
+    assert not (tmp_path / "STOP").exists()
+    assert said.split()[0] == status(tmp_path)["state"].replace("done", "done:")
 
 
 def test_handlers_are_given_back(tmp_path):
