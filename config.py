@@ -17,7 +17,6 @@ from common.ranks import World
 from common.settings import (
     STRICT,
     ConfigError,
-    describe_keys,
     flatten,
     parse_overrides,
     read_yaml_file,
@@ -281,10 +280,3 @@ def _aligned(rows: list[tuple[str, Any, str]]) -> list[str]:
     texts = [(f"{key} = {json.dumps(value, default=str)}", source) for key, value, source in rows]
     width = min(max((len(text) for text, _ in texts), default=0), 60)
     return [f"{text:<{width}}  # {source}" for text, source in texts]
-
-
-def key_table() -> str:
-    """Every key of a run's YAML as a Markdown table: docs/configs.md has it."""
-    rows = [f"| `{key}` | {default} | {bounds} | {text} |"
-            for key, default, bounds, text in describe_keys(RunConfig)]
-    return "\n".join(["| key | default | values | meaning |", "|---|---|---|---|", *rows])

@@ -143,11 +143,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def kinds_table() -> str:
-    """Markdown: every kind of event, the keys that it always has, and what it says."""
-    rows = [(f"`{name}`", ", ".join(f"`{key}`" for key in kind.keys), kind.sentence)
-            for name, kind in KINDS.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (
-        ("event", "always has", "says"), ("---", "---", "---"), *rows))

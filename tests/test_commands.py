@@ -101,6 +101,14 @@ def test_the_first_page_stays_short():
     assert len(readme.splitlines()) <= 130 and len(readme.split()) <= 1200
 
 
+def test_the_tables_of_the_pages_are_those_of_the_code():
+    """`python docs/tables.py` writes them; every row of keys, events and reasons is a sentence."""
+    code = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+    for page, table in code["tables"]().items():
+        assert code["written"](page, table) == (ROOT / "docs" / page).read_text(), page
+        assert page == "monitoring.md" or all(row[-1].endswith(".") for row in table[1:]), page
+
+
 def test_every_package_is_installed():
     assert re.findall(r'"(\w+)"', re.search(
         r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)[1]) == list(ROOMS)

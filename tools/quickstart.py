@@ -17,7 +17,7 @@ import numpy as np
 
 from common.files import read_lines
 from data.clips.decode import CutSpec, read_cut
-from data.clips.probe import Rejected
+from data.reasons import Rejected
 
 ROOT = Path("runs/quickstart")
 CONFIG = "configs/playground.yaml"

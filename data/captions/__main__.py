@@ -51,8 +51,8 @@ from data.captions.captioners import (
     open_video_model,
 )
 from data.clips.decode import Cut, CutSpec, read_cut
-from data.clips.probe import Rejected
 from data.manifest import Fault, read_records
+from data.reasons import Rejected, reject
 from data.schema import DataError
 from model.weights.hub import one_line_errors
 
@@ -118,8 +118,7 @@ def run_job(
     with appending(job.part) as part, job.rejects.open("w", encoding="utf-8") as rejects:
         done = read_part(job)
         for fault in faults:
-            line = {"id": fault.clip_id, "reason": fault.reason, "detail": fault.detail}
-            rejects.write(json_line(line | {"line": fault.line}))
+            rejects.write(json_line(fault.as_reject()))
             counts[fault.reason] += 1
         counts["kept"] = sum(record["id"] in done for record in records)
         slices = [records[i : i + batch] for i in range(0, len(records), batch)]
@@ -152,14 +151,14 @@ def caption_group(
                 counts[error.reason] += 1
                 lines.append(_line(job, record, Answer("", truncated=False)))
             else:
-                refused.append(_reject(record, error.reason, error.detail))
+                refused.append(reject(record, error.reason, error.detail))
     try:
         answers = captioner.caption([cut for _, cut in usable]) if usable else []
     except torch.OutOfMemoryError as error:
         raise DataError(f"batch={len(usable)}: does not fit into memory; lower it") from error
     for (record, _), answer in zip(usable, answers, strict=True):
         if not answer.text:
-            refused.append(_reject(record, "empty_caption", "the model answered with nothing"))
+            refused.append(reject(record, "empty_caption", "the model answered with nothing"))
             continue
         counts["new"] += 1
         counts["truncated"] += answer.truncated
@@ -274,10 +273,6 @@ def _tally(counts: collections.Counter[str]) -> str:
 def _line(job: CaptionJob, record: Record, answer: Answer) -> Record:
     found = {"caption": answer.text, "truncated": answer.truncated}
     return {"id": record["id"]} | found | job.identity
-
-
-def _reject(record: Record, reason: str, detail: str) -> Record:
-    return {"id": record["id"], "reason": reason, "detail": detail, "path": record["path"]}
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import numpy as np
 
 from data.clips.cut import Cut, CutSpec, Facts
 from data.clips.pictures import read_frames
-from data.clips.probe import Probe, Rejected, probe
+from data.clips.probe import Probe, probe
 from data.clips.sound import digital_silence, mean_volume, read_audio
 from data.clips.streams import TOLERANCE
+from data.reasons import Rejected
 
 __all__ = ["Cut", "CutSpec", "Facts", "Rejected", "choose_t0", "digital_silence", "mean_volume",
            "read_cut"]
@@ -27,7 +28,7 @@ def read_cut(path: str | Path, spec: CutSpec, t0: float | None = None, view: int
     """Decode one cut; t0 in seconds from the clip's start, the centre window by default.
 
     `view` counts the cuts of one clip, crops first: 0 is the only one unless the spec asks for
-    several offsets or crops. Raises Rejected with the first of `data.clips.probe.REASONS` that
+    several offsets or crops. Raises Rejected with the first of `data.reasons.REASONS` that
     applies.
     """
     offset, crop = divmod(view, spec.crops)

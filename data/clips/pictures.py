@@ -8,8 +8,9 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
 
 from data.clips.cut import CutSpec
-from data.clips.probe import Probe, Rejected
+from data.clips.probe import Probe
 from data.clips.streams import TOLERANCE, frames_from
+from data.reasons import Rejected
 
 CLOSEST = 0.1  # of the picture, between two crops of one cut
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED

@@ -14,33 +14,9 @@ from typing import Any
 import av
 import numpy as np
 
-REASONS = (  # the order in which they are tried; the first that applies is reported
-    "undecodable",
-    "no_video",
-    "no_audio",
-    "too_short",
-    "low_fps",
-    "length_mismatch",  # picture and sound begin or end too far apart
-    "portrait",
-    "silent",
-    "digital_silence",  # too much of the cut's sound is exact zeros
-    "not_finite",  # an encoder's latents
-    "overlap",  # the window overlaps another of the same recording
-    "no_room",  # for another of the cuts or crops that were asked for
-    "near_duplicate",  # looks and sounds like an earlier clip
-)
-
+from data.reasons import Rejected
 
 Span = tuple[float, float]  # (begin, length) in seconds
-
-
-class Rejected(Exception):
-    """A clip that cannot be used: `reason` is one of REASONS, `detail` says what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        assert reason in REASONS, reason
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import av
 import numpy as np
 
 from data.clips.cut import CutSpec
-from data.clips.probe import Probe, Rejected
+from data.clips.probe import Probe
 from data.clips.streams import TOLERANCE, frames_from
+from data.reasons import Rejected
 
 PREROLL = 0.5  # seconds of sound decoded before the cut: codecs need what came before
 MARGIN = 0.05  # seconds of sound kept around the cut for the resampling filter

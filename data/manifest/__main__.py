@@ -51,7 +51,6 @@ from data.manifest.records import (
     complete_all,
     ledger_path,
     read_ledger,
-    reject,
     write_manifest,
 )
 from data.manifest.splits import (
@@ -62,6 +61,7 @@ from data.manifest.splits import (
     merge_alt,
     read_whole,
 )
+from data.reasons import reject
 from data.schema import DataError
 
 MADE_OF = ("alt_merge", "hold_out")  # manifests

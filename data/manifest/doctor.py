@@ -30,7 +30,6 @@ from tqdm import tqdm
 from common.durations import in_words
 from data.arguments import add_cut_flags, amount, positive
 from data.clips.decode import CutSpec, read_cut
-from data.clips.probe import Rejected
 from data.manifest import (
     check_lengths,
     find_lacking,
@@ -47,10 +46,10 @@ from data.manifest.records import (
     Record,
     complete,
     read_ledger,
-    reject,
     spread,
     write_manifest,
 )
+from data.reasons import Rejected, reject
 from data.schema import DataError, Metadata, columns
 
 SETTINGS = ("fps", "frames", "height", "width", "min_source_fps", "silence_dbfs",
@@ -94,7 +93,7 @@ def load(source: Path, captions: Path | None) -> Listing:
         records, faults = read_records(source, "train")
     else:
         records, faults = read_manifest(source, "train", texts)
-    rejects = [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line} for f in faults]
+    rejects = [fault.as_reject() for fault in faults]
     for record in records:
         record["path"] = str(source.parent / record["path"])
     return Listing(records, [*read_ledger(source), *rejects])

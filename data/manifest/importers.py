@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.manifest.read import read_records
-from data.manifest.records import Listing, Record, find_media, reject
+from data.manifest.records import Listing, Record, find_media
+from data.reasons import reject
 from data.schema import DataError
 
 SPLITS = {"train": "train", "test": "validation"}  # the sets' own names -> ours
@@ -104,7 +105,7 @@ def list_playground(root: Path) -> Listing:
         marks = marks_of.get(record["id"], [])
         record |= {"subset": record.get("class", ""), "origin": record["id"], "origin_start": 0.0}
         records.append(record | {"path": str(root / record["path"]), "marks": marks})
-    rejects = [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line} for f in faults]
+    rejects = [fault.as_reject() for fault in faults]
     return Listing(records, rejects)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.clips.cut import CutSpec
+from data.reasons import reject
 from data.schema import DataError
 
 REQUIRED = ("id", "path", "split")
@@ -30,9 +31,12 @@ class Fault:
     """A line that describes no usable clip."""
 
     clip_id: str
-    reason: str  # "invalid_record", "duplicate_id" or "no_caption"
+    reason: str  # of data.reasons.REASONS
     detail: str
     line: int
+
+    def as_reject(self) -> dict[str, Any]:
+        return reject({"id": self.clip_id}, self.reason, self.detail) | {"line": self.line}
 
 
 Captions = dict[str, dict[str, str]]  # id -> those of CAPTIONS that are known

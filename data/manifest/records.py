@@ -23,8 +23,9 @@ from tqdm import tqdm
 from common.files import file_sha256, read_lines, write_lines
 from data.clips.decode import CutSpec, choose_t0
 from data.clips.pictures import display_size
-from data.clips.probe import Probe, Rejected, open_media, probe
+from data.clips.probe import Probe, open_media, probe
 from data.manifest.read import check_text
+from data.reasons import Rejected, reject
 from data.schema import DataError
 
 Record = dict[str, Any]
@@ -51,12 +52,6 @@ class CutRule:
     @property
     def spec(self) -> CutSpec:
         return CutSpec(frames=self.frames, fps=self.fps)
-
-
-def reject(record: Record, reason: str, detail: str) -> Record:
-    """A ledger line."""
-    where = {"path": str(record["path"])} if "path" in record else {}
-    return {"id": record["id"], "reason": reason, "detail": detail} | where
 
 
 def complete_all(records: list[Record], rule: CutRule, workers: int) -> Listing:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.manifest.read import read_records
-from data.manifest.records import Listing, Record, read_ledger, reject
+from data.manifest.records import Listing, Record, read_ledger
+from data.reasons import reject
 from data.schema import DataError
 
 ALT_MERGE = {"avsync15": 120, "landscape": 80, "greatest_hits": 100}  # held out, of 3,254 clips
@@ -97,8 +98,7 @@ def merge_alt(
     for path in manifests:
         records, faults = read_records(path, "train")
         rejects += read_ledger(path)
-        rejects += [reject({"id": f.clip_id}, f.reason, f.detail) | {"line": f.line}
-                    for f in faults]
+        rejects += [fault.as_reject() for fault in faults]
         for record in records:
             if record.get("source") not in by_source:
                 raise DataError(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from data.clips.cut import Cut, CutSpec, Facts
-from data.clips.probe import Rejected
 from data.provenance import encoder_fingerprints
+from data.reasons import Rejected
 from data.schema import DataError, Metadata, pack
 from model.encoders import (
     AUDIO_TEXT_LENGTH,

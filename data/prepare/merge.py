@@ -71,10 +71,8 @@ def _merge(job: Job) -> Metadata:
             f"out={job.out}: {len(bad)} of {len(receipts)} shards are not what was written (first: "
             f"{bad[0][0]['group']}: {bad[0][1]}); run the same command again, which encodes them"
         )
-    rejects = [
-        {"id": fault.clip_id, "reason": fault.reason, "detail": fault.detail, "line": fault.line}
-        for fault in job.faults
-    ] + [reject for receipt in receipts for reject in receipt["rejects"]]
+    rejects = [fault.as_reject() for fault in job.faults] + [
+        reject for receipt in receipts for reject in receipt["rejects"]]
     samples = [sample for receipt in receipts for sample in receipt["samples"]]
     if not samples:
         _refuse_empty(job, rejects)

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from common.files import whole_file, write_json
 from data.clips.cut import Cut, CutSpec
 from data.clips.decode import read_cut
-from data.clips.probe import Rejected
 from data.prepare.encoding import Encoders, build_metadata
 from data.prepare.job import (
     Group,
@@ -40,6 +39,7 @@ from data.prepare.job import (
     refuse_change,
 )
 from data.prepare.merge import merge
+from data.reasons import Rejected, reject
 from data.schema import HASH, METADATA_FILE, TEXT_FILE, Metadata, columns
 
 SHARDS: dict[str, Any] = {"compression": "zstd", "hashes": [HASH], "size_limit": None}
@@ -142,8 +142,7 @@ def _encode_group(
             samples.append(sample["record"])
             report.count()
         except Rejected as rejected:
-            reject = {"id": record["id"], "reason": rejected.reason, "detail": rejected.detail}
-            rejects.append(reject | {"path": record["path"]})
+            rejects.append(reject(record, rejected.reason, rejected.detail))
             report.count(rejected.reason)
     writer.finish()
     file, shard = f"{scratch.name[1:]}.mds.zstd", None

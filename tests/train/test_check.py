@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 
-import config as config_module
 import train
 from common.ranks import World
 from common.settings import ConfigError, load_config
@@ -199,11 +198,3 @@ def test_the_last_source_wins(tmp_path):
 def test_the_resolved_config_is_json(world):
     config = load_config(RunConfig, world / "run.yaml", [])
     assert json.loads(json.dumps(dataclasses.asdict(config)))["guard"]["max_skips"] == 10
-
-
-def test_every_key_has_a_sentence_and_the_docs_have_the_table():
-    """To write it anew: python -c "import config; print(config.key_table())"."""
-    rows = config_module.key_table()
-    for row in rows.splitlines()[2:]:
-        assert row.strip("| ").split(" | ")[-1].endswith("."), row
-    assert rows in (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 A tag stays what it is from one version to the next. `{...}` stands for a part of the model, a t or
 a layer. Values come from StepAccumulator (`record`, `health_record`), Straggler, evaluation.run_log
-and evaluation.evaluator. tests/evaluation/test_evaluator.py compares this with that page and with
+and evaluation.evaluator. docs/tables.py writes the page; test_evaluator compares this with
 what a run writes.
 """
 

