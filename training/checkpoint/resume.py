@@ -63,7 +63,8 @@ def check_resume(found: Found, now: dict, model_defaults: dict) -> list[str]:
     lines = [f"WARNING: checkpoint {tag.name} is damaged ({told}): going back to {found.tag.name}"
              for tag, told in found.damaged.items()]
     lines += [f"WARNING: checkpoint {tag.name} cannot be read ({told}): going back to "
-              f"{found.tag.name}; it is kept" for tag, told in found.unread.items()]
+              f"{found.tag.name}; it is kept under another name"
+              for tag, told in found.unread.items()]
     if saved:
         changed = changes(saved, now)  # first: another task has another model, and a plain name
         check_same_model(saved["model"], now["model"], model_defaults)

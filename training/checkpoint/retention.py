@@ -7,6 +7,7 @@ has the size that it says; it is resumed only when every byte has the hash, too.
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -80,12 +81,22 @@ def _is_protected(tag: Path) -> bool:
         return True  # it may be
 
 
-def set_aside(tag: Path) -> None:
-    """A damaged tag stops counting, so that it is not one of those kept; the next save deletes it.
+def set_aside(found: Found) -> None:
+    """The newer tags that a resume has passed over stop counting: the run leaves them behind.
 
-    manifest.json is kept under another name, to be looked into.
+    A damaged one keeps its manifest.json under another name, to be looked into; the next save
+    deletes it. One that could not be read may be whole, and is itself given another name: under its
+    own, a later start would go on from it, without the records that this start writes again.
     """
-    os.replace(tag / MANIFEST, tag / f"damaged_{MANIFEST}")
+    for tag in found.damaged:
+        os.replace(tag / MANIFEST, tag / f"damaged_{MANIFEST}")
+    for tag in found.unread:
+        aside = tag.with_name(f"{tag.name}.unread-{time.strftime('%Y%m%dT%H%M%S')}")
+        try:
+            os.rename(tag, aside)
+        except OSError as error:
+            print(f"warning: {tag} cannot be renamed ({error}): move it away, or a later start "
+                  "may go on from it", file=sys.stderr, flush=True)
 
 
 def complete_tags(run_dir: Path) -> list[Path]:

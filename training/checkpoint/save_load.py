@@ -159,7 +159,7 @@ def load_checkpoint(
 ) -> None:
     """Fill the engine, on any world size and ZeRO stage; `ema` too, from the weights if it is new.
 
-    Once that has worked, the damaged checkpoints that were passed over stop counting.
+    Once that has worked, the checkpoints that were passed over stop counting.
 
     Raises:
         CheckpointError: on every rank, when it holds another model or cannot be read.
@@ -186,8 +186,7 @@ def load_checkpoint(
     engine.global_samples = contents.step * engine.train_batch_size()
     engine.micro_steps = contents.step * engine.gradient_accumulation_steps()
     if world.is_main:
-        for tag in found.damaged:
-            set_aside(tag)
+        set_aside(found)
 
 
 def _fill(reader: SliceReader, pieces: list[Piece], flat: torch.Tensor) -> None:

@@ -27,6 +27,7 @@ from training.checkpoint.retention import (
     complete_tags,
     find_checkpoint,
     prune,
+    set_aside,
 )
 from training.checkpoint.run_dir import CheckpointError
 from training.checkpoint.save_load import read_weights, write_weights
@@ -299,6 +300,23 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, mo
     (newer / "weight-00000.safetensors").write_bytes(b"cut")
     found = find_checkpoint(tmp_path, ALONE)
     assert newer in found.damaged and not found.unread
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_run_that_went_back_does_not_jump_ahead_later(tmp_path, monkeypatch, capsys, renamed):
+    """Readable again, the newer one would be gone on from, without the records in between."""
+    older, newer = (write_weights(tmp_path, step, {"x": torch.ones(3)}) for step in (3, 6))
+    found = find_checkpoint(tmp_path, ALONE)
+    found = found._replace(tag=older, unread={newer: "Input/output error"})
+    if not renamed:
+        monkeypatch.setattr(os, "rename", lambda *names: open("/nowhere/at/all"))
+    set_aside(found)
+    assert ("cannot be renamed" in capsys.readouterr().err) == (not renamed)
+    assert find_checkpoint(tmp_path, ALONE).tag == (older if renamed else newer)
+    write_weights(tmp_path, 6, {"x": torch.zeros(3)})
+    prune(tmp_path, Retention(last=1))
+    [kept] = newer.parent.glob("*.unread-*") if renamed else [newer]
+    assert (kept / MANIFEST).is_file()
 
 
 @pytest.mark.parametrize("hidden", [MANIFEST, "weight-00000.safetensors", PROTECTED])
