@@ -6,10 +6,7 @@ writes. A disk that is full at a start ends it; one that fills up later costs a 
 training.metrics.tags explains each tag.
 """
 
-import contextlib
-import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -21,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.durations import as_clock
-from common.files import keep_lines_before, mend_last_line, read_lines, write_json
+from common.files import append_lines, keep_lines_before, mend_last_line, read_lines, write_json
 from training.metrics.tensorboard import Events
 
 NO_STEP = ("checkpoint", "validation", "sampling")  # phases between steps
@@ -42,7 +39,7 @@ class MetricWriter:
     def __init__(self, run_dir: Path | None, first_step: int | None, max_steps: int = 0) -> None:
         self.run_dir, self.max_steps = run_dir, max_steps
         self.bar: Any = None
-        self.waiting: list[str] = []  # lines that a full disk did not take
+        self.waiting: list[dict[str, Any]] = []  # records that a full disk did not take
         if run_dir is None:
             return
         self.path = run_dir / "metrics.jsonl"
@@ -62,25 +59,15 @@ class MetricWriter:
         if self.run_dir is None:
             return
         finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-        self.waiting.append(json.dumps({"step": step, **finite}) + "\n")
-        self._write_lines()
-        self.events.scalars(step, finite)
-
-    def _write_lines(self) -> None:
-        """Append what is waiting; a disk that takes part of it is asked again at the next step."""
-        size = None
+        self.waiting.append({"step": step, **finite})
         try:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(self.waiting)
+            append_lines(self.path, self.waiting)
             self.waiting = []
         except OSError as error:
-            if size is not None:
-                with contextlib.suppress(OSError):
-                    os.truncate(self.path, size)
             if len(self.waiting) == 1:
                 print(f"warning: {self.path} cannot be written ({error}); tried again at every "
                       "log step", file=sys.stderr, flush=True)
+        self.events.scalars(step, finite)
 
     def step(
         self, step: int, values: dict[str, float], clock: "Clock", ranks: str = "",
