@@ -85,8 +85,8 @@ def _merge(job: Job) -> Metadata:
     left_out = [*read_ledger(job.manifest), *rejects]  # by the importer, then by us
     write_card(root, build_card(samples, left_out, metadata.fps, metadata.frames))
     files = sorted(
-        path for path in root.rglob("*")
-        if path.is_file() and path.suffix != ".zstd" and path.name != METADATA_FILE
+        path for path in root.rglob("*")  # .tmp: left by a kill, written again below
+        if path.is_file() and path.suffix not in (".zstd", ".tmp") and path.name != METADATA_FILE
     )
     metadata = dataclasses.replace(
         metadata,

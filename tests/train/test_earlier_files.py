@@ -112,7 +112,9 @@ def test_a_half_finished_folder_is_finished(tmp_path, capsys, monkeypatch):
             place = ["--worker", worker, "--workers", "2"]
             assert prepare([MANIFEST, str(out), *COMMAND, *place]) == 0
     assert receipt.read_bytes() == before and not out.exists()
-    shutil.copytree(partial, tmp_path / ".merged.partial")
+    root = shutil.copytree(partial, tmp_path / ".merged.partial") / "root"
+    root.mkdir()
+    (root / "dataset.json.tmp").write_text("{")  # killed in the last act of its merge
     assert prepare([MANIFEST, str(merged), "--merge"]) == 0
     assert prepare([MANIFEST, str(out), *COMMAND]) == 0
     for root in (out, merged):
