@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, lines of JSON that a kill may have cut, and sha256."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,8 +25,8 @@ def whole_file(path: Path, mode: str = "w", aside: Path | None = None) -> Iterat
         aside: its name until then, where a reader of the folder would take `path`.tmp for its own.
 
     Raises:
-        OSError: disk full, no permission, ...; whatever is raised, `path` is as it was and nothing
-            is left next to it.
+        OSError: disk full, no permission, ...; whatever is raised before the file has its name,
+            `path` is as it was and nothing is left next to it.
     """
     aside = aside or path.with_name(path.name + ".tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
@@ -46,6 +47,9 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise
     finally:
         os.close(handle)
 

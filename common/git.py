@@ -11,8 +11,8 @@ def run_git(*arguments: str) -> bytes:
     """What git prints; b"" where it fails, is missing, or the folder is not a checkout."""
     try:
         return subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True,
-                              check=False).stdout
-    except OSError:  # no git on this machine
+                              check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine, no commit, ...
         return b""
 
 

@@ -1,8 +1,11 @@
 """Files appear whole or not at all; lines of JSON survive kills and foreign hands."""
 
+import errno
 import hashlib
 import json
 import os
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
@@ -50,6 +53,40 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", lambda *names: (acts.append("name"), replace(*names)))
     write_json(tmp_path / "x", {"a": 1})
     assert acts == ["file", "name", "folder"]
+
+
+def test_a_file_system_that_cannot_sync_a_folder_will_do(tmp_path, monkeypatch):
+    def sync(handle, error):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise error
+
+    for code in (errno.EINVAL, errno.ENOTSUP, errno.EIO):
+        monkeypatch.setattr(files.os, "fsync", partial(sync, error=OSError(code, "folder")))
+        with pytest.raises(OSError) if code == errno.EIO else nullcontext():
+            write_json(tmp_path / "x", {"code": code})
+        assert json.loads((tmp_path / "x").read_text()) == {"code": code}
+
+
+def test_what_json_does_not_know_becomes_a_string(tmp_path):
+    write_json(tmp_path / "x", {"a": tmp_path})
+    write_lines(tmp_path / "y", [{"a": tmp_path}])
+    append_lines(tmp_path / "y", [{"a": "half a \ud800 character"}])
+    assert json.loads((tmp_path / "x").read_text()) == {"a": str(tmp_path)}
+    assert read_lines(tmp_path / "y", whole=True) == [
+        {"a": str(tmp_path)}, {"a": "half a ? character"}]
+
+
+def test_an_empty_file_needs_no_mending(tmp_path):
+    (tmp_path / "x").touch()
+    mend_last_line(tmp_path / "x")
+    append_lines(tmp_path / "x", [{"a": 1}])
+    assert (tmp_path / "x").read_text() == '{"a": 1}\n'
+
+
+def test_a_write_that_fails_says_why_whatever_happens_to_its_remains(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "remove", lambda path: open("/nowhere/at/all"))
+    with pytest.raises(KeyError), whole_file(tmp_path / "x"):
+        raise KeyError
 
 
 def test_another_name_until_it_is_whole(tmp_path):

@@ -28,6 +28,13 @@ def test_the_commit_is_that_of_the_checkout_or_empty(monkeypatch, tmp_path):
     assert short_commit() == "" and run_git("diff") == b""
 
 
+def test_a_checkout_without_a_commit_has_none(monkeypatch, tmp_path):
+    """git prints the name that it could not resolve."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(git, "CHECKOUT", tmp_path)
+    assert run_git("rev-parse", "HEAD") == b""
+
+
 def test_a_folder_that_is_not_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(git, "CHECKOUT", tmp_path)
     assert short_commit() == "" and run_git("rev-parse", "HEAD") == b""
