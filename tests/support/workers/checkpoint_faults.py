@@ -142,8 +142,13 @@ def faults(folder: Path, world: World) -> None:
     retention.file_sha256 = erring if world.rank == 1 else hashed
     assert resume(build("stage3", world, seed=3), run_dir, world) == 6
     retention.file_sha256 = hashed
+    barrier(world)
+    [aside] = root.glob(f"{newest.name}.unread-*")
+    assert not newest.exists()
+    barrier(world)
+    on_main(world, lambda: aside.rename(newest))
     assert resume(build("stage3", world, seed=3), run_dir, world) == 7
-    say("one that a rank could not read is passed over, and stays", world)
+    say("one that a rank could not read is passed over, and stays under another name", world)
 
     other = build("stage3", world, seed=3)
     on_main(world, lambda: flip(newest / "exp_avg-00001.safetensors"))
